@@ -95,5 +95,5 @@ def _mul32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     """Low and high 32-bit words of the product of 32-bit numbers held in int64."""
     # a * b needs 64 unsigned bits; two 16-bit halves of b keep every partial product below 2**49
     low, high = a * (b & 0xFFFF), a * (b >> 16)
-    carry = (low >> 16) + (high & 0xFFFF_FFFF_FFFF)
+    carry = (low >> 16) + high
     return ((carry << 16) | (low & 0xFFFF)) & 0xFFFFFFFF, (carry >> 16) & 0xFFFFFFFF

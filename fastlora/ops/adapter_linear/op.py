@@ -1,0 +1,226 @@
+"""``adapter_linear``: a linear layer and its low-rank adapter as one differentiable function."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastlora.ops import backend as _backend
+from fastlora.ops.adapter_linear.contract import Needs
+
+_HERE = "fastlora.ops.adapter_linear"
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+BACKENDS = (
+    _backend.Backend(
+        "triton",
+        f"{_HERE}.triton",
+        refuses=(
+            _backend.only_devices("cuda", "cpu"),
+            _backend.only_dtypes(*_FLOATS),
+            _backend.needs_triton,
+        ),
+        leaves=(_backend.interpreter_is_for_tests,),
+    ),
+    _backend.Backend(
+        "onednn",
+        f"{_HERE}.onednn",
+        refuses=(
+            _backend.only_devices("cpu"),
+            _backend.only_dtypes(torch.float32),
+            _backend.needs_onednn,
+        ),
+        leaves=(_backend.mkl_is_as_fast,),
+    ),
+    _backend.Backend(
+        "eager", f"{_HERE}.eager", refuses=(_backend.only_dtypes(*_FLOATS, torch.float64),)
+    ),
+)
+
+
+def adapter_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """y = x Wᵀ + bias + s · drop(x) Aᵀ Bᵀ   (LoRA, arXiv 2106.09685, eq. 3).
+
+    Args:
+        x: input [..., K]; any leading dimensions, any strides, any number of tokens (0 too).
+        weight: base weight [N, K], in x's dtype; any strides (a transposed view serves Conv1D).
+        lora_A, lora_B: [r, K] and [N, r], r ≥ 1; in x's dtype, or float32 over a half-precision
+            base (then they are cast, never the activations).
+        scaling: s, a finite number (α/r, or α/√r for rsLoRA).
+        bias: [N] in x's dtype, or None.
+        dropout_p: probability in [0, 1) with which an element of the adapter's input is dropped;
+            the base term sees x whole. Pass 0 when not training. The mask is drawn from a seed
+            that torch's generator gives, and drawn again in backward: none is stored.
+        backend: 'triton', 'onednn' or 'eager'; None chooses (see ``fastlora.explain``).
+
+    Under ``torch.autocast`` the call computes in autocast's dtype, as ``F.linear`` does.
+    Gradients flow to whichever of x, weight, lora_A, lora_B and bias require them, in their own
+    dtype, and only what these gradients need is kept: x for lora_A or weight, the [M, r] product
+    for lora_B. A second derivative is not available.
+
+    Returns:
+        y [..., N] in the compute dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, a rank below 1, dropout outside [0, 1), a scaling that
+            is not finite, or tensors on different devices.
+        TypeError: dtypes that are not floating or do not go together.
+        BackendError: the backend asked for cannot run this call.
+    """
+    device = x.device
+    autocast = torch.is_autocast_enabled(device.type) and x.dtype != torch.float64
+    if autocast:
+        dtype = torch.get_autocast_dtype(device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+    module = _backend.select("adapter_linear", BACKENDS, device, x.dtype, backend)
+    arguments = (x, weight, lora_A, lora_B, bias, float(scaling), float(dropout_p), module)
+    if autocast:
+        with torch.autocast(device.type, enabled=False):
+            return _AdapterLinear.apply(*arguments)
+    return _AdapterLinear.apply(*arguments)
+
+
+class _AdapterLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        dropout_p: float,
+        module: ModuleType,
+    ) -> Tensor:
+        needs = Needs(*ctx.needs_input_grad[:5])
+        rows = _rows(x)
+        seed = module.draw_seed(x.device) if dropout_p > 0.0 else None
+        y, t = module.forward(
+            rows,
+            weight,
+            lora_A.to(x.dtype),
+            lora_B.to(x.dtype),
+            scaling,
+            bias,
+            dropout_p,
+            seed,
+            need_t=needs.lora_B,
+        )
+        ctx.save_for_backward(
+            x if needs.lora_A or needs.weight else None,
+            weight if needs.x else None,
+            lora_A if needs.x else None,
+            lora_B if needs.x or needs.lora_A else None,
+            t,
+            seed,
+        )
+        ctx.static = (x.shape, scaling, dropout_p, module, needs)
+        ctx.dtypes = (lora_A.dtype, lora_B.dtype, None if bias is None else bias.dtype)
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_A, lora_B, t, seed = ctx.saved_tensors
+        shape, scaling, dropout_p, module, needs = ctx.static
+        dtype_A, dtype_B, dtype_bias = ctx.dtypes
+        dx, dweight, dA, dB, dbias = module.backward(
+            _rows(dy),
+            None if x is None else _rows(x),
+            weight,
+            None if lora_A is None else lora_A.to(dy.dtype),
+            None if lora_B is None else lora_B.to(dy.dtype),
+            t,
+            scaling,
+            dropout_p,
+            seed,
+            needs,
+        )
+        return (
+            None if dx is None else dx.view(shape),
+            dweight,
+            None if dA is None else dA.to(dtype_A),
+            None if dB is None else dB.to(dtype_B),
+            None if dbias is None else dbias.to(dtype_bias),
+            None,
+            None,
+            None,
+        )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., K] → [M, K]."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+) -> None:
+    if weight.dim() != 2 or lora_A.dim() != 2 or lora_B.dim() != 2:
+        raise ValueError(
+            f"weight, lora_A and lora_B must be matrices; they have shapes {_shape(weight)}, "
+            f"{_shape(lora_A)} and {_shape(lora_B)}"
+        )
+    n, k = weight.shape
+    r = lora_A.shape[0]
+    if x.dim() < 1 or x.shape[-1] != k:
+        raise ValueError(f"x has shape {_shape(x)}; its last dimension must be K = {k} of weight")
+    if r < 1 or lora_A.shape[1] != k:
+        raise ValueError(f"lora_A has shape {_shape(lora_A)}; it must be [r, {k}] with r ≥ 1")
+    if lora_B.shape[0] != n or lora_B.shape[1] != r:
+        raise ValueError(f"lora_B has shape {_shape(lora_B)}; it must be [{n}, {r}]")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != n):
+        raise ValueError(f"bias has shape {_shape(bias)}; it must be [{n}]")
+    dtype = x.dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"x must be a floating tensor, not {dtype}")
+    if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+        found = f"weight is {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
+        raise TypeError(f"weight and bias must have x's dtype {dtype}; {found}")
+    for name, matrix in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if matrix.dtype != dtype and not (matrix.dtype == torch.float32 and dtype in _backend.HALF):
+            raise TypeError(
+                f"{name} is {matrix.dtype}; over a {dtype} base it must be {dtype}"
+                + (" or torch.float32" if dtype in _backend.HALF else "")
+            )
+    device = x.device
+    for name, tensor in (
+        ("weight", weight),
+        ("lora_A", lora_A),
+        ("lora_B", lora_B),
+        ("bias", bias),
+    ):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} but x is on {device}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}")
+    if not math.isfinite(scaling):
+        raise ValueError(f"scaling must be a finite number, not {scaling}")
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)

@@ -1,0 +1,255 @@
+"""Who can run a call: capabilities as data, reasons as sentences.
+
+An operation lists its ``Backend`` entries in order of preference; ``select`` picks one from the
+call's metadata alone. The choice is made by, in this order: the ``backend=`` argument, the
+``use_backend`` context, the environment variable FASTLORA_BACKEND, and else automatically.
+This is the only file of the package that reads the environment.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import platform
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+NAMES = ("triton", "onednn", "eager")
+ENVIRONMENT_VARIABLE = "FASTLORA_BACKEND"
+HALF = frozenset({torch.float16, torch.bfloat16})
+
+_requested: ContextVar[str | None] = ContextVar("fastlora_backend", default=None)
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run the call; the message lists every reason."""
+
+
+class FallbackWarning(UserWarning):
+    """A GPU call runs in plain PyTorch because its kernels cannot; said once per reason."""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a choice depends on. ``dtype`` is the compute dtype, after any autocast."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+Reason = Callable[[Situation], str | None]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an operation.
+
+    ``module`` is imported when it is first chosen. ``refuses`` are hard limits: each returns a
+    sentence where the call cannot run. ``leaves`` are reasons not to take it automatically.
+    """
+
+    name: str
+    module: str
+    refuses: tuple[Reason, ...] = ()
+    leaves: tuple[Reason, ...] = ()
+
+    def cannot(self, at: Situation) -> list[str]:
+        return [text for reason in self.refuses if (text := reason(at))]
+
+    def rather_not(self, at: Situation) -> list[str]:
+        return [text for reason in self.leaves if (text := reason(at))]
+
+
+# --- reasons that several operations share -----------------------------------------------------
+
+
+def only_devices(*types: str) -> Reason:
+    def reason(at: Situation) -> str | None:
+        if at.device.type in types:
+            return None
+        return f"it runs on {' or '.join(types)}, not on {at.device.type}"
+
+    return reason
+
+
+def only_dtypes(*dtypes: torch.dtype) -> Reason:
+    def reason(at: Situation) -> str | None:
+        if at.dtype in dtypes:
+            return None
+        return f"it computes in {', '.join(map(_short, dtypes))}, not in {_short(at.dtype)}"
+
+    return reason
+
+
+def needs_triton(at: Situation) -> str | None:
+    """Triton on this device: compiled on CUDA (sm_80 and newer), interpreted on a CPU."""
+    if not _installed("triton"):
+        return "triton is not installed"
+    if at.device.type == "cpu":
+        if not triton_interprets():
+            return "on CPU tensors Triton needs its interpreter (TRITON_INTERPRET=1)"
+        if at.dtype == torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 products wrongly"
+        return None
+    if triton_interprets():
+        return "TRITON_INTERPRET is set, so kernels are not compiled for the GPU"
+    if torch.version.hip is not None:
+        return "its kernels are neither tuned nor tested on ROCm"
+    major, minor = torch.cuda.get_device_capability(at.device)
+    if major < 8:
+        return f"it needs compute capability 8.0 or newer, this device has {major}.{minor}"
+    return None
+
+
+def interpreter_is_for_tests(at: Situation) -> str | None:
+    return "the interpreter serves tests only" if at.device.type == "cpu" else None
+
+
+def needs_onednn(at: Situation) -> str | None:
+    if not torch.backends.mkldnn.is_available():
+        return "this PyTorch was built without oneDNN"
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return "this PyTorch does not offer oneDNN's linear"
+    return None
+
+
+def mkl_is_as_fast(at: Situation) -> str | None:
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return "PyTorch's own products are well tuned on this processor"
+    if cpu_vendor() == "GenuineIntel":
+        return "MKL, which PyTorch uses for float32, is well tuned on Intel processors"
+    return None
+
+
+# --- choosing ----------------------------------------------------------------------------------
+
+
+def select(
+    op: str,
+    backends: tuple[Backend, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    requested: str | None = None,
+) -> ModuleType:
+    """The module that runs ``op``: a pure function of metadata and of what was asked for.
+
+    Raises BackendError where the backend asked for by name cannot run, ValueError for a name that
+    does not exist.
+    """
+    name = requested or _requested.get() or os.environ.get(ENVIRONMENT_VARIABLE) or None
+    return _select(op, backends, Situation(device, dtype), name)
+
+
+@functools.lru_cache(maxsize=None)
+def _select(op: str, backends: tuple[Backend, ...], at: Situation, name: str | None) -> ModuleType:
+    if name is not None:
+        check_name(name)
+        for backend in backends:
+            if backend.name == name:
+                if reasons := backend.cannot(at):
+                    raise BackendError(
+                        f"{op} cannot run on backend '{name}' for {_short(at.dtype)} on "
+                        f"{at.device}: {'; '.join(reasons)}."
+                    )
+                return importlib.import_module(backend.module)
+        offered = ", ".join(backend.name for backend in backends)
+        raise BackendError(f"{op} has no backend '{name}'; it offers {offered}.")
+    for backend in backends:
+        if not backend.cannot(at) and not backend.rather_not(at):
+            _say_fallback(op, backends, backend, at)
+            return importlib.import_module(backend.module)
+    refusals = "; ".join(
+        f"{b.name}: {', '.join(b.cannot(at) or b.rather_not(at))}" for b in backends
+    )
+    raise BackendError(f"{op} has no backend for {_short(at.dtype)} on {at.device}: {refusals}.")
+
+
+def _say_fallback(op: str, backends: tuple[Backend, ...], taken: Backend, at: Situation) -> None:
+    """On a GPU, plain PyTorch is not what the user came for: name the reason, once."""
+    if at.device.type == "cpu":
+        return
+    passed = backends[: backends.index(taken)]
+    reasons = [
+        f"{b.name}: {text}"
+        for b in passed
+        if not any(text.startswith("it runs on") for text in b.cannot(at))
+        for text in b.cannot(at) + b.rather_not(at)
+    ]
+    if reasons:
+        warnings.warn(
+            f"{op} runs as '{taken.name}' for {_short(at.dtype)} on {at.device} ({'; '.join(reasons)}).",
+            FallbackWarning,
+            stacklevel=6,
+        )
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operation called inside on the named backend ('triton', 'onednn' or 'eager').
+
+    Raises ValueError for an unknown name; an operation that cannot run there raises BackendError.
+    """
+    token = _requested.set(check_name(name))
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def check_name(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"unknown backend '{name}'; the backends are {', '.join(NAMES)}")
+    return name
+
+
+def table(op: str, backends: tuple[Backend, ...], at: Situation) -> list[tuple[str, bool, str]]:
+    """Rows (backend, is taken automatically, sentence), in order of preference."""
+    rows: list[tuple[str, bool, str]] = []
+    taken = False
+    for backend in backends:
+        if reasons := backend.cannot(at):
+            rows.append((backend.name, False, "cannot: " + "; ".join(reasons)))
+        elif reasons := backend.rather_not(at):
+            rows.append((backend.name, False, "on request only: " + "; ".join(reasons)))
+        else:
+            rows.append((backend.name, not taken, "can run" if taken else "can run, and is taken"))
+            taken = True
+    return rows
+
+
+# --- facts about this process ------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=None)
+def cpu_vendor() -> str:
+    """'GenuineIntel', 'AuthenticAMD', … as the processor names itself, or '' where unknown."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if line.startswith("vendor_id"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    identifier = platform.processor()  # on Windows: "... GenuineIntel"
+    return identifier.rsplit(" ", 1)[-1] if identifier else ""
+
+
+def triton_interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+@functools.lru_cache(maxsize=None)
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
