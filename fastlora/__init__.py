@@ -1,15 +1,58 @@
 """fastlora: every LoRA-family method at nearly the cost of the frozen layer."""
 
+from typing import TYPE_CHECKING, Any
+
+from fastlora import adapters, nn, ops
 from fastlora._version import __version__
-from fastlora.ops.adapter_linear import adapter_linear
+from fastlora.adapters import (
+    LoRAConfig,
+    Report,
+    disabled,
+    inject,
+    load_adapter,
+    merge,
+    save_adapter,
+    unload,
+    unmerge,
+)
+from fastlora.ops import adapter_linear, explain
 from fastlora.ops.backend import BackendError, FallbackWarning, use_backend
-from fastlora.ops.explain import explain
+
+if TYPE_CHECKING:
+    from fastlora.integrations.peft import accelerate, restore
 
 __all__ = [
     "BackendError",
     "FallbackWarning",
+    "LoRAConfig",
+    "Report",
     "__version__",
+    "accelerate",
     "adapter_linear",
+    "adapters",
+    "disabled",
     "explain",
+    "inject",
+    "load_adapter",
+    "merge",
+    "nn",
+    "ops",
+    "restore",
+    "save_adapter",
+    "unload",
+    "unmerge",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``accelerate`` and ``restore`` bring peft in only when they are used."""
+    if name in ("accelerate", "restore"):
+        try:
+            from fastlora.integrations import peft
+        except ImportError as error:
+            raise ImportError(
+                f"fastlora.{name} works on peft models and needs peft: pip install 'fastlora[peft]'"
+            ) from error
+        return getattr(peft, name)
+    raise AttributeError(f"module 'fastlora' has no attribute '{name}'")

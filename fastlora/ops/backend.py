@@ -148,7 +148,7 @@ def select(
     return _select(op, backends, Situation(device, dtype), name)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _select(op: str, backends: tuple[Backend, ...], at: Situation, name: str | None) -> ModuleType:
     if name is not None:
         check_name(name)
@@ -185,7 +185,8 @@ def _say_fallback(op: str, backends: tuple[Backend, ...], taken: Backend, at: Si
     ]
     if reasons:
         warnings.warn(
-            f"{op} runs as '{taken.name}' for {_short(at.dtype)} on {at.device} ({'; '.join(reasons)}).",
+            f"{op} runs as '{taken.name}' for {_short(at.dtype)} on {at.device} "
+            f"({'; '.join(reasons)}).",
             FallbackWarning,
             stacklevel=6,
         )
@@ -228,7 +229,7 @@ def table(op: str, backends: tuple[Backend, ...], at: Situation) -> list[tuple[s
 # --- facts about this process ------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def cpu_vendor() -> str:
     """'GenuineIntel', 'AuthenticAMD', … as the processor names itself, or '' where unknown."""
     try:
@@ -246,7 +247,7 @@ def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 

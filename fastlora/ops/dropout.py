@@ -20,7 +20,7 @@ PHILOX_GROUP = 8  # columns that share one Philox call: four 32-bit words, two h
 
 
 def threshold(p: float) -> int:
-    """The number of 16-bit levels that drop: round(p * 65536), at most 65535 so that some are kept."""
+    """How many 16-bit levels drop: round(p * 65536), at most 65535 so that some are kept."""
     return min(round(p * LEVELS), LEVELS - 1)
 
 

@@ -1,0 +1,85 @@
+"""Merge, unmerge and switch off the adapters of a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from fastlora.nn.lora_linear import LoRALinear
+
+
+def merge(model: nn.Module) -> None:
+    """Add every adapter to its base weight, in place; all of them or, on an error, none.
+
+    Raises ValueError if the model has no adapter of ours, if an adapter holds non-finite values,
+    or if a base weight is tied to another module (which would change with it); RuntimeError if a
+    layer is merged already.
+    """
+    layers = _adapted(model)
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    for name, layer in layers:
+        if layer.merged:
+            raise RuntimeError(f"{name} is merged already")
+        if len(tied := owners[id(layer.weight)]) > 1:
+            raise ValueError(f"{name} shares its weight with {', '.join(set(tied) - {name})}")
+        for part in (layer.lora_A.weight, layer.lora_B.weight):
+            if not torch.isfinite(part).all():
+                raise ValueError(f"the adapter of {name} holds non-finite values")
+    done: list[LoRALinear] = []
+    try:
+        for _, layer in layers:
+            layer.merge()
+            done.append(layer)
+    except BaseException:
+        for layer in reversed(done):
+            layer.unmerge()
+        raise
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undo ``merge``: every base weight returns to within a rounding of what it was.
+
+    Raises ValueError if the model has no adapter of ours, RuntimeError if a layer is not merged.
+    """
+    layers = _adapted(model)
+    for name, layer in layers:
+        if not layer.merged:
+            raise RuntimeError(f"{name} is not merged")
+    for _, layer in layers:
+        layer.unmerge()
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside the context the model computes as its base does.
+
+    Raises ValueError if the model has no adapter of ours, RuntimeError if it is merged.
+    """
+    layers = _adapted(model)
+    for name, layer in layers:
+        if layer.merged:
+            raise RuntimeError(f"{name} is merged; unmerge the model to see it without adapter")
+    before = [layer.enabled for _, layer in layers]
+    for _, layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for (_, layer), enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+
+
+def _adapted(model: nn.Module) -> list[tuple[str, LoRALinear]]:
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear)]
+    if not found:
+        raise ValueError(
+            "the model has no fastlora adapter; a peft model has methods of its own for this"
+        )
+    return found

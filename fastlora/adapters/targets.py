@@ -1,0 +1,133 @@
+"""Which modules of a model a configuration means, and why the others are not meant."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import NamedTuple
+
+from torch import nn
+
+from fastlora.adapters.config import ALL_LINEAR, LoRAConfig, pattern_matches
+from fastlora.adapters.report import Row
+from fastlora.ops.backend import HALF
+
+# Layers a user may have thought of as adaptable; what else a model holds needs no mention.
+_KIN = ("Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d")
+
+
+class Target(NamedTuple):
+    """A linear layer to adapt. ``places`` are all (parent, attribute) pairs that hold it."""
+
+    name: str
+    linear: nn.Linear
+    places: list[tuple[nn.Module, str]]
+
+
+def find_targets(model: nn.Module, config: LoRAConfig) -> tuple[list[Target], list[Row]]:
+    """The layers ``config`` names and a row for each kindred layer it does not.
+
+    Raises ValueError where nothing matches (naming near misses), where a name given explicitly
+    means a module that is not an ``nn.Linear``, or where a pattern matches no adapted layer.
+    """
+    heads = _output_embeddings(model)
+    targets: dict[int, Target] = {}
+    skipped: list[Row] = []
+    refused: list[Row] = []
+    seen_entries: set[str] = set()
+    for name, module in model.named_modules():
+        if not name:
+            continue
+        named = _named(config.target_modules, name)
+        seen_entries.update(named or ())
+        # None: "all-linear"
+        meant = isinstance(module, nn.Linear) if named is None else bool(named)
+        if meant and _named(config.exclude_modules, name):
+            skipped.append(Row(name, "named by exclude_modules"))
+        elif meant and named is None and id(module) in heads:
+            skipped.append(Row(name, "the output embedding, which 'all-linear' leaves out"))
+        elif meant and (reason := _refusal(model, name, module)):
+            (skipped if named is None else refused).append(Row(name, reason))
+        elif meant:
+            assert isinstance(module, nn.Linear)
+            targets[id(module)] = Target(name, module, [])
+        elif isinstance(module, nn.Linear) or type(module).__name__ in _KIN:
+            kind = "not named by target_modules" if named is not None else "not an nn.Linear"
+            skipped.append(Row(name, f"{type(module).__name__}, {kind}"))
+    if refused:
+        raise ValueError(
+            f"target_modules names {refused[0].name}, which cannot be adapted: {refused[0].detail}"
+            + (f" (and {len(refused) - 1} more)" if len(refused) > 1 else "")
+        )
+    if not targets:
+        raise ValueError(_nothing_matched(model, config))
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in targets:
+            parent, _, attribute = name.rpartition(".")
+            targets[id(module)].places.append((model.get_submodule(parent), attribute))
+    _check_patterns(config, [target.name for target in targets.values()])
+    if isinstance(config.target_modules, list):
+        skipped += [
+            Row(entry, "an entry of target_modules that matches no module")
+            for entry in config.target_modules
+            if entry not in seen_entries
+        ]
+    return list(targets.values()), skipped
+
+
+def _named(wanted: str | list[str] | None, name: str) -> set[str] | None:
+    """The entries of ``wanted`` that mean ``name``; None where wanted is 'all-linear'."""
+    if wanted is None:
+        return set()
+    if isinstance(wanted, str):
+        if wanted.lower() == ALL_LINEAR:
+            return None
+        return {wanted} if re.fullmatch(wanted, name) else set()
+    return {entry for entry in wanted if name == entry or name.endswith(f".{entry}")}
+
+
+def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    if type(module) is not nn.Linear:
+        return f"it is a {type(module).__name__}, not a torch.nn.Linear"
+    dtype = module.weight.dtype
+    if not dtype.is_floating_point or (dtype.itemsize < 4 and dtype not in HALF):
+        return f"its weight is {dtype}, which is not float32, float64, bfloat16 or float16"
+    if type(module.weight) is not nn.Parameter:
+        return f"its weight is a {type(module.weight).__name__}, not a plain parameter"
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return "nn.TransformerEncoderLayer's fast path reads the weight past the layer"
+    return None
+
+
+def _output_embeddings(model: nn.Module) -> set[int]:
+    found = getattr(model, "get_output_embeddings", lambda: None)()
+    return set() if found is None else {id(found)}
+
+
+def _check_patterns(config: LoRAConfig, names: list[str]) -> None:
+    for option in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, option):
+            if not any(pattern_matches(key, name) for name in names):
+                raise ValueError(f"{option}: '{key}' matches no adapted layer{_near([key], names)}")
+
+
+def _nothing_matched(model: nn.Module, config: LoRAConfig) -> str:
+    linears = [name for name, m in model.named_modules() if type(m) is nn.Linear and name]
+    if type(model) is nn.Linear:
+        return (
+            "the model is itself an nn.Linear, which cannot be replaced inside itself; "
+            "use fastlora.nn.LoRALinear.from_linear"
+        )
+    if not linears:
+        return "the model holds no torch.nn.Linear that could be adapted"
+    wanted = config.target_modules
+    entries = [wanted] if isinstance(wanted, str) else wanted
+    excluded = " after exclude_modules" if config.exclude_modules else ""
+    return f"target_modules={wanted!r} matches no nn.Linear{excluded}{_near(entries, linears)}"
+
+
+def _near(entries: list[str], names: list[str]) -> str:
+    last = sorted({name.rpartition(".")[2] for name in names})
+    close = [c for e in entries for c in difflib.get_close_matches(e.rpartition(".")[2], last, 2)]
+    return f"; did you mean {', '.join(dict.fromkeys(close) or last[:8])}?"

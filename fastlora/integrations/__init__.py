@@ -1,0 +1,1 @@
+"""Doors to other libraries; each file here may import the library it is named after."""

@@ -1,0 +1,194 @@
+"""Fused layers inside an existing peft model, and back.
+
+A layer is fused by giving the module a subclass of its own class: parameters, state-dict keys,
+hooks, adapter bookkeeping and every method but ``forward`` stay peft's. Each forward looks at the
+layer as it is at that moment; whatever the fused path does not cover runs peft's own forward.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from fastlora.adapters.report import Report, Row
+from fastlora.adapters.view import plain_name
+from fastlora.ops.adapter_linear import adapter_linear
+from fastlora.ops.backend import HALF
+
+try:
+    from transformers.pytorch_utils import Conv1D
+except ImportError:  # peft without transformers: no such layer can occur
+    Conv1D = None
+
+_WEIGHTS = (nn.Parameter, Tensor)
+_DROPOUTS = (nn.Identity, nn.Dropout)
+_DTYPES = (torch.float32, torch.float64, *HALF)
+
+
+def accelerate(peft_model: nn.Module, strict: bool = False) -> Report:
+    """Make the LoRA layers of a peft model run fastlora's operation, in place.
+
+    Everything peft does with the model keeps working: it remains a peft model with the same
+    parameters, keys and methods. ``restore`` undoes it. Calling it again covers layers that were
+    added in the meantime.
+
+    Args:
+        peft_model: a model with peft LoRA layers (a ``PeftModel`` or a model they were put into).
+        strict: raise instead of leaving any adapted layer unfused.
+
+    Returns:
+        A report of the layers that run fused now, and of those that keep peft's forward, each with
+        the reason. A layer can also leave the fused path later and come back (merged, disabled,
+        two adapters active at once, ``adapter_names`` given, hooks on its parts): peft's own
+        forward runs then.
+
+    Raises:
+        ValueError: the model has no peft layers, or, with ``strict``, some cannot be fused; nothing
+            has changed then.
+    """
+    report = Report()
+    fusable: list[PeftLinear] = []
+    for path, module in peft_model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        name = plain_name(path)
+        if reason := _never_reason(module):
+            report.skipped.append(Row(name, reason))
+            continue
+        assert isinstance(module, PeftLinear)
+        fusable.append(module)
+        if reason := _reason(module):
+            report.skipped.append(Row(name, f"for now peft's forward: {reason}"))
+        else:
+            adapter = module.active_adapters[0]
+            detail = f"adapter '{adapter}', r={module.r[adapter]}"
+            report.fused.append(Row(name, f"{detail}, scaling={module.scaling[adapter]:g}"))
+    if not report.fused and not report.skipped:
+        raise ValueError(
+            "the model has no peft layers to accelerate; for a plain model use fastlora.inject"
+        )
+    if strict and report.skipped:
+        first = report.skipped[0]
+        raise ValueError(
+            f"strict: {len(report.skipped)} adapted layers cannot be fused, the first is "
+            f"{first.name}: {first.detail}"
+        )
+    for module in fusable:
+        module.__class__ = FusedLinear
+    return report
+
+
+def restore(peft_model: nn.Module) -> int:
+    """Give every fused layer its peft class back; returns how many there were."""
+    count = 0
+    for module in peft_model.modules():
+        if type(module) is FusedLinear:
+            module.__class__ = PeftLinear
+            count += 1
+    return count
+
+
+class FusedLinear(PeftLinear):
+    """peft's LoRA ``Linear`` whose plain case is one call of ``adapter_linear``."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or _reason(self, x) is not None:
+            return super().forward(x, *args, **kwargs)
+        adapter = self.active_adapters[0]
+        base = self.base_layer
+        dropout = self.lora_dropout[adapter]
+        return adapter_linear(
+            x,
+            base.weight if type(base) is nn.Linear else base.weight.t(),
+            self.lora_A[adapter].weight,
+            self.lora_B[adapter].weight,
+            self.scaling[adapter],
+            base.bias,
+            dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0,
+        )
+
+    def _get_name(self) -> str:
+        return PeftLinear.__name__  # the printed model stays as peft prints it
+
+
+def _never_reason(module: BaseTunerLayer) -> str | None:
+    """Why this layer cannot be swapped at all, as a sentence; None if it can."""
+    kind = type(module)
+    if kind not in (PeftLinear, FusedLinear):
+        return f"{kind.__module__.removeprefix('peft.tuners.')}.{kind.__name__} has no fused form"
+    if "forward" in module.__dict__:
+        return "its forward has been replaced on the instance"
+    base = module.base_layer
+    if type(base) is not nn.Linear and (Conv1D is None or type(base) is not Conv1D):
+        return f"its base is a {type(base).__name__}, not an nn.Linear"
+    if base.weight.dtype not in _DTYPES or type(base.weight) not in _WEIGHTS:
+        return f"its base weight is a {type(base.weight).__name__} of {base.weight.dtype}"
+    for name in module.active_adapters:
+        if name in module.lora_variant:
+            variant = type(module.lora_variant[name]).__name__
+            return f"adapter '{name}' computes {variant}, which has no fused form"
+    return None
+
+
+def _reason(layer: PeftLinear, x: Tensor | None = None) -> str | None:
+    """Why the layer, as it is now, runs peft's forward, as a sentence; None if it runs fused."""
+    if layer.disable_adapters:
+        return "adapters are disabled"
+    if layer.merged_adapters:
+        return "an adapter is merged"
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1 or len(layer.active_adapters) != 1:
+        return f"{len(active)} adapters are active here"
+    adapter = active[0]
+    if adapter in layer.lora_variant:
+        return f"adapter '{adapter}' computes {type(layer.lora_variant[adapter]).__name__}"
+    base, dropout = layer.base_layer, layer.lora_dropout[adapter]
+    lora_A, lora_B = layer.lora_A[adapter], layer.lora_B[adapter]
+    if type(base) is not nn.Linear and (Conv1D is None or type(base) is not Conv1D):
+        return f"the base layer is a {type(base).__name__}"
+    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
+        return f"lora_A is a {type(lora_A).__name__}, lora_B a {type(lora_B).__name__}"
+    if lora_B.bias is not None or lora_A.bias is not None:
+        return "the adapter has a bias (lora_bias)"
+    if type(dropout) not in _DROPOUTS:
+        return f"lora_dropout is a {type(dropout).__name__}"
+    if getattr(dropout, "p", 0.0) >= 1.0:
+        return "lora_dropout drops everything"
+    for part in (base, lora_A, lora_B, dropout):
+        if _is_watched(part):
+            return f"a hook or another forward sits on its {type(part).__name__}"
+    weights = (base.weight, lora_A.weight, lora_B.weight)
+    if any(type(weight) not in _WEIGHTS for weight in weights):
+        return "a weight is not a plain tensor"
+    if any(weight.device != base.weight.device for weight in weights):
+        return "the adapter is on another device than the base weight"
+    if not math.isfinite(layer.scaling[adapter]):
+        return "its scaling is not finite"
+    dtype = base.weight.dtype
+    if x is not None:
+        if x.device != base.weight.device:
+            return "the input is on another device than the base weight"
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+        elif x.dtype != dtype:
+            return f"the input is {x.dtype} over a base of {dtype}"
+    for weight in (lora_A.weight, lora_B.weight):
+        if weight.dtype != dtype and not (weight.dtype == torch.float32 and dtype in HALF):
+            return f"the adapter is {weight.dtype} over a computation in {dtype}"
+    return None
+
+
+def _is_watched(part: nn.Module) -> bool:
+    """Whether calling ``part`` does more than its class's forward."""
+    return bool(
+        part._forward_hooks
+        or part._forward_pre_hooks
+        or part._backward_hooks
+        or part._backward_pre_hooks
+        or "forward" in part.__dict__
+    )
