@@ -144,12 +144,23 @@ def select(
     Raises BackendError where the backend asked for by name cannot run, ValueError for a name that
     does not exist.
     """
+    return _module(choose(op, backends, device, dtype, requested).module)
+
+
+def choose(
+    op: str,
+    backends: tuple[Backend, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    requested: str | None = None,
+) -> Backend:
+    """The entry that ``select`` takes; nothing is imported."""
     name = requested or _requested.get() or os.environ.get(ENVIRONMENT_VARIABLE) or None
-    return _select(op, backends, Situation(device, dtype), name)
+    return _choose(op, backends, Situation(device, dtype), name)
 
 
 @functools.cache
-def _select(op: str, backends: tuple[Backend, ...], at: Situation, name: str | None) -> ModuleType:
+def _choose(op: str, backends: tuple[Backend, ...], at: Situation, name: str | None) -> Backend:
     if name is not None:
         check_name(name)
         for backend in backends:
@@ -159,13 +170,13 @@ def _select(op: str, backends: tuple[Backend, ...], at: Situation, name: str | N
                         f"{op} cannot run on backend '{name}' for {_short(at.dtype)} on "
                         f"{at.device}: {'; '.join(reasons)}."
                     )
-                return importlib.import_module(backend.module)
+                return backend
         offered = ", ".join(backend.name for backend in backends)
         raise BackendError(f"{op} has no backend '{name}'; it offers {offered}.")
     for backend in backends:
         if not backend.cannot(at) and not backend.rather_not(at):
             _say_fallback(op, backends, backend, at)
-            return importlib.import_module(backend.module)
+            return backend
     refusals = "; ".join(
         f"{b.name}: {', '.join(b.cannot(at) or b.rather_not(at))}" for b in backends
     )
@@ -188,7 +199,7 @@ def _say_fallback(op: str, backends: tuple[Backend, ...], taken: Backend, at: Si
             f"{op} runs as '{taken.name}' for {_short(at.dtype)} on {at.device} "
             f"({'; '.join(reasons)}).",
             FallbackWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
 
 
@@ -245,6 +256,9 @@ def cpu_vendor() -> str:
 
 def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+_module = functools.cache(importlib.import_module)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 LEVELS = 1 << 16
+_LOW = 0xFFFFFFFF
 PHILOX_ROUNDS = 7
 PHILOX_GROUP = 8  # columns that share one Philox call: four 32-bit words, two halves each
 
@@ -74,21 +75,26 @@ def philox_keep(shape: tuple[int, int], p: float, seed: Tensor) -> Tensor:
     """
     rows, cols = shape
     groups = -(-cols // PHILOX_GROUP)
-    low32 = 0xFFFFFFFF
     call = torch.arange(rows * groups, dtype=torch.int64, device=seed.device)
-    c0, c1 = call & low32, (call >> 32) & low32
-    c2, c3 = torch.zeros_like(call), torch.zeros_like(call)
+    zero = torch.zeros_like(call)
     key = int(seed)
-    k0, k1 = key & low32, (key >> 32) & low32
+    words = philox(call & _LOW, (call >> 32) & _LOW, zero, zero, key & _LOW, (key >> 32) & _LOW)
+    pairs = torch.stack(words, dim=-1)
+    halves = torch.stack((pairs & 0xFFFF, pairs >> 16), dim=-1)
+    draws = halves.view(rows, groups * PHILOX_GROUP)[:, :cols]
+    return draws >= threshold(p)
+
+
+def philox(
+    c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: int, k1: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32 of a 128-bit counter and a 64-bit key, as 32-bit words held in int64."""
     for _ in range(PHILOX_ROUNDS):
         low_a, high_a = _mul32(c0, 0xD2511F53)
         low_b, high_b = _mul32(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
-        k0, k1 = (k0 + 0x9E3779B9) & low32, (k1 + 0xBB67AE85) & low32
-    words = torch.stack((c0, c1, c2, c3), dim=-1)
-    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)
-    draws = halves.view(rows, groups * PHILOX_GROUP)[:, :cols]
-    return draws >= threshold(p)
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
+    return c0, c1, c2, c3
 
 
 def _mul32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
@@ -96,4 +102,4 @@ def _mul32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     # a * b needs 64 unsigned bits; two 16-bit halves of b keep every partial product below 2**49
     low, high = a * (b & 0xFFFF), a * (b >> 16)
     carry = (low >> 16) + high
-    return ((carry << 16) | (low & 0xFFFF)) & 0xFFFFFFFF, (carry >> 16) & 0xFFFFFFFF
+    return ((carry << 16) | (low & 0xFFFF)) & _LOW, (carry >> 16) & _LOW

@@ -11,36 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastlora.ops import backend as _backend
-from fastlora.ops.adapter_linear.contract import Needs
-
-_HERE = "fastlora.ops.adapter_linear"
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-BACKENDS = (
-    _backend.Backend(
-        "triton",
-        f"{_HERE}.triton",
-        refuses=(
-            _backend.only_devices("cuda", "cpu"),
-            _backend.only_dtypes(*_FLOATS),
-            _backend.needs_triton,
-        ),
-        leaves=(_backend.interpreter_is_for_tests,),
-    ),
-    _backend.Backend(
-        "onednn",
-        f"{_HERE}.onednn",
-        refuses=(
-            _backend.only_devices("cpu"),
-            _backend.only_dtypes(torch.float32),
-            _backend.needs_onednn,
-        ),
-        leaves=(_backend.mkl_is_as_fast,),
-    ),
-    _backend.Backend(
-        "eager", f"{_HERE}.eager", refuses=(_backend.only_dtypes(*_FLOATS, torch.float64),)
-    ),
-)
+from fastlora.ops.adapter_linear.contract import BACKENDS, Needs, rows
+from fastlora.ops.adapter_linear.registered import forward_op
+from fastlora.ops.dropout import draw_seed
 
 
 def adapter_linear(
@@ -89,12 +62,38 @@ def adapter_linear(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+    arguments = (x, weight, lora_A, lora_B, bias, float(scaling), float(dropout_p))
+    if torch.compiler.is_compiling():
+        return _compiled(*arguments, backend)
     module = _backend.select("adapter_linear", BACKENDS, device, x.dtype, backend)
-    arguments = (x, weight, lora_A, lora_B, bias, float(scaling), float(dropout_p), module)
     if autocast:
         with torch.autocast(device.type, enabled=False):
-            return _AdapterLinear.apply(*arguments)
-    return _AdapterLinear.apply(*arguments)
+            return _AdapterLinear.apply(*arguments, module)
+    return _AdapterLinear.apply(*arguments, module)
+
+
+def _compiled(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    backend: str | None,
+) -> Tensor:
+    """The same through the registered operators; the backend is fixed when the graph is traced."""
+    name = _constant_choice(x.device, x.dtype, backend)
+    seed = None
+    if dropout_p > 0.0:
+        seed = draw_seed(x.device if name == "triton" else "cpu")
+    y, _ = forward_op(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, name)
+    return y
+
+
+@torch.compiler.assume_constant_result
+def _constant_choice(device: torch.device, dtype: torch.dtype, backend: str | None) -> str:
+    return _backend.choose("adapter_linear", BACKENDS, device, dtype, backend).name
 
 
 class _AdapterLinear(torch.autograd.Function):
@@ -111,10 +110,9 @@ class _AdapterLinear(torch.autograd.Function):
         module: ModuleType,
     ) -> Tensor:
         needs = Needs(*ctx.needs_input_grad[:5])
-        rows = _rows(x)
         seed = module.draw_seed(x.device) if dropout_p > 0.0 else None
         y, t = module.forward(
-            rows,
+            rows(x),
             weight,
             lora_A.to(x.dtype),
             lora_B.to(x.dtype),
@@ -143,8 +141,8 @@ class _AdapterLinear(torch.autograd.Function):
         shape, scaling, dropout_p, module, needs = ctx.static
         dtype_A, dtype_B, dtype_bias = ctx.dtypes
         dx, dweight, dA, dB, dbias = module.backward(
-            _rows(dy),
-            None if x is None else _rows(x),
+            rows(dy),
+            None if x is None else rows(x),
             weight,
             None if lora_A is None else lora_A.to(dy.dtype),
             None if lora_B is None else lora_B.to(dy.dtype),
@@ -164,11 +162,6 @@ class _AdapterLinear(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[..., K] → [M, K]."""
-    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _check(

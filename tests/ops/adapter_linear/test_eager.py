@@ -1,0 +1,164 @@
+"""The PyTorch forms (eager, onednn) against the reference in float64: values, all gradients."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastlora.ops import adapter_linear
+from fastlora.ops.adapter_linear import BACKENDS
+from fastlora.ops.backend import Situation
+from fastlora.ops.dropout import draw_seed, keep_scale, stream_keep
+from tests.ops.adapter_linear.cases import NAMES, error, exact, operands
+
+CPU = torch.device("cpu")
+RUNNABLE = {
+    b.name for b in BACKENDS if b.name != "triton" and not b.cannot(Situation(CPU, torch.float32))
+}
+FORMS = [pytest.param(name) for name in ("eager", "onednn") if name in RUNNABLE]
+
+
+def test_both_forms_are_under_test_here():
+    """oneDNN is part of every x86 build of PyTorch; a skipped form must not pass unseen."""
+    assert RUNNABLE == {"eager", "onednn"} or not torch.backends.mkldnn.is_available()
+
+
+def run(tensors, scaling, dy, backend, p=0.0, seed=3):
+    torch.manual_seed(seed)
+    leaves = {n: None if t is None else t.detach().requires_grad_() for n, t in tensors.items()}
+    y = adapter_linear(scaling=scaling, dropout_p=p, backend=backend, **leaves)
+    y.backward(dy)
+    return {"y": y.detach()} | {n: t.grad for n, t in leaves.items() if t is not None}
+
+
+def mask(tensors, p, seed=3):
+    """The mask the call above draws."""
+    if p == 0.0:
+        return {}
+    torch.manual_seed(seed)
+    x = tensors["x"]
+    rows = x.numel() // x.shape[-1]
+    keep = stream_keep((rows, x.shape[-1]), p, draw_seed("cpu"), CPU)
+    return {"keep": keep.view(x.shape), "keep_scale": keep_scale(p)}
+
+
+@pytest.mark.parametrize("backend", FORMS)
+@given(
+    leading=st.sampled_from([(0,), (1,), (7,), (2, 3), (2, 0, 3), (1, 2, 2, 3), (65,), ()]),
+    k=st.integers(1, 70),
+    n=st.integers(1, 70),
+    r=st.sampled_from([1, 2, 8, 12, 33, 100]),
+    bias=st.booleans(),
+    p=st.sampled_from([0.0, 0.1, 0.5, 0.97]),
+    scaling=st.sampled_from([1.0, 0.37, -2.0, 0.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_values_and_gradients(backend, leading, k, n, r, bias, p, scaling, dtype):
+    if backend == "onednn" and dtype == torch.float64:
+        return
+    tensors = operands(leading, k, n, r, bias, dtype)
+    dy = torch.randn(*leading, n, generator=torch.Generator().manual_seed(9)).to(dtype)
+    got = run(tensors, scaling, dy, backend, p)
+    expected = exact(tensors, scaling, dy, **mask(tensors, p))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for name, value in expected.items():
+        assert got[name].dtype == dtype and got[name].shape == value.shape
+        assert error(got[name], value) <= tolerance, name
+
+
+@pytest.mark.parametrize("backend", FORMS)
+@pytest.mark.parametrize(
+    "m, k, n, r", [(300, 576, 1536, 16), (300, 1536, 192, 100), (9, 640, 640, 7)]
+)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_at_the_sizes_where_onednn_takes_over(backend, m, k, n, r, p):
+    tensors = operands((m,), k, n, r)
+    dy = torch.randn(m, n, generator=torch.Generator().manual_seed(9))
+    got = run(tensors, 2.0, dy, backend, p)
+    for name, value in exact(tensors, 2.0, dy, **mask(tensors, p)).items():
+        assert error(got[name], value) <= 1e-5, name
+
+
+@pytest.mark.parametrize("backend", FORMS)
+def test_strided_operands(backend):
+    """A transposed weight (Conv1D), every second row of x, a broadcast dy."""
+    t = operands((8,), k=24, n=20)
+    tensors = t | {
+        "x": operands((16,), k=24)["x"][::2],
+        "weight": t["weight"].t().contiguous().t(),
+        "lora_A": operands(r=4, k=48)["lora_A"][:, ::2],
+    }
+    dy = torch.ones(1, 1).expand(8, 20)
+    got = run(tensors, 1.5, dy, backend)
+    for name, value in exact(tensors, 1.5, dy).items():
+        assert error(got[name], value) <= 1e-5, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("adapter_dtype", [None, torch.float32])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_half_precision(dtype, adapter_dtype, p):
+    """The error stays within twice (backward: three times) the plain formula's in that dtype."""
+    tensors = operands((40,), k=96, n=80, r=8, dtype=dtype, adapter_dtype=adapter_dtype)
+    dy = torch.randn(40, 80, generator=torch.Generator().manual_seed(9)).to(dtype)
+    drawn = mask(tensors, p)
+    got = run(tensors, 2.0, dy, "eager", p)
+    expected = exact(tensors, 2.0, dy, **drawn)
+    plain = exact_in(tensors, dtype, 2.0, dy, drawn)
+    eps = torch.finfo(dtype).eps
+    for name, value in expected.items():
+        wanted = tensors[name].dtype if name in tensors else dtype
+        assert got[name].dtype == wanted, name
+        allowed = (2 if name == "y" else 3) * error(plain[name], value) + eps
+        assert error(got[name], value) <= allowed, name
+
+
+def exact_in(tensors, dtype, scaling, dy, drawn):
+    """The reference computed in ``dtype`` all the way: the same-dtype eager of the error rule."""
+    from fastlora.ops.adapter_linear.reference import adapter_linear_reference
+
+    leaves = {
+        n: None if t is None else t.detach().to(dtype).requires_grad_() for n, t in tensors.items()
+    }
+    y = adapter_linear_reference(scaling=scaling, **leaves, **drawn)
+    y.backward(dy)
+    return {"y": y.detach()} | {n: t.grad for n, t in leaves.items() if t is not None}
+
+
+@pytest.mark.parametrize("backend", FORMS)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_only_the_gradients_asked_for(backend, p):
+    tensors = operands((6,))
+    dy = torch.randn(6, 20, generator=torch.Generator().manual_seed(9))
+    expected = exact(tensors, 2.0, dy, **mask(tensors, p))
+    for wanted in itertools.product([False, True], repeat=len(NAMES)):
+        if not any(wanted):
+            continue
+        leaves = {
+            n: tensors[n].detach().requires_grad_(w) for n, w in zip(NAMES, wanted, strict=True)
+        }
+        torch.manual_seed(3)
+        adapter_linear(scaling=2.0, dropout_p=p, backend=backend, **leaves).backward(dy)
+        for name, asked in zip(NAMES, wanted, strict=True):
+            assert (leaves[name].grad is not None) == asked
+            if asked:
+                assert error(leaves[name].grad, expected[name]) <= 1e-5, (name, wanted)
+
+
+@pytest.mark.parametrize("backend", FORMS)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_no_unwritten_memory_shows(backend, p, poison):
+    tensors = operands((70,), k=65, n=67, r=3)
+    got = run(tensors, 2.0, torch.ones(70, 67), backend, p)
+    for name, value in got.items():
+        assert torch.isfinite(value).all(), name
+
+
+@pytest.mark.parametrize("backend", FORMS)
+def test_it_is_deterministic(backend):
+    tensors = operands((129,), k=600, n=520, r=16)
+    dy = torch.randn(129, 520, generator=torch.Generator().manual_seed(9))
+    first, second = (run(tensors, 2.0, dy, backend, 0.1) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,241 @@
+"""What surrounds the kernels: checks, what is saved, autocast, checkpointing, graph reuse."""
+
+import gc
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import fastlora
+from fastlora.ops import adapter_linear
+from fastlora.ops.adapter_linear.reference import adapter_linear_reference
+from tests.ops.adapter_linear.cases import error, operands
+
+
+def saved_bytes(dropout_p=0.0, **tensors):
+    """Bytes kept for backward by one call, the parameters' own storages not counted."""
+    parameters = {
+        t.untyped_storage().data_ptr() for n, t in tensors.items() if n != "x" and t is not None
+    }
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = adapter_linear(scaling=2.0, dropout_p=dropout_p, backend="eager", **tensors)
+    assert y.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(
+    "trained, floats_per_token",
+    [
+        ({"lora_A", "lora_B"}, 24 + 4),  # x and x Aᵀ
+        ({"lora_B"}, 4),  # LoRA-FA: no input is kept
+        ({"lora_A"}, 24),
+        ({"x"}, 0),
+        ({"bias"}, 0),
+        ({"weight"}, 24),
+        ({"x", "lora_B"}, 4),
+    ],
+)
+def test_only_what_the_gradients_need_is_saved(trained, floats_per_token):
+    tensors = {n: t.requires_grad_(n in trained) for n, t in operands((50,)).items()}
+    assert saved_bytes(**tensors) == 50 * floats_per_token * 4
+
+
+def test_dropout_saves_a_seed_and_no_mask():
+    tensors = {n: t.requires_grad_(n != "weight") for n, t in operands((50,)).items()}
+    assert saved_bytes(dropout_p=0.1, **tensors) == 50 * (24 + 4) * 4 + 8
+
+
+def test_without_gradients_nothing_is_recorded():
+    tensors = operands((5,))
+    assert adapter_linear(scaling=1.0, **tensors).grad_fn is None
+    tensors["lora_B"].requires_grad_()
+    with torch.no_grad():
+        assert adapter_linear(scaling=1.0, **tensors).grad_fn is None
+
+
+def test_float32_adapters_over_a_half_base_get_float32_gradients():
+    t = operands((33,), dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    t["lora_B"].requires_grad_()
+    y = adapter_linear(scaling=1.0, **t)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert t["lora_B"].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_as_linear_does(dtype):
+    t = operands((9,))
+    for name in ("x", "lora_A", "lora_B"):
+        t[name].requires_grad_()
+    with torch.autocast("cpu", dtype):
+        y = adapter_linear(scaling=2.0, **t)
+        plain = torch.nn.functional.linear(t["x"], t["weight"], t["bias"])
+    assert y.dtype == plain.dtype == dtype
+    y.float().sum().backward()
+    half = {n: v.detach().to(dtype) for n, v in t.items()}
+    direct = adapter_linear(scaling=2.0, **half)
+    assert torch.equal(y, direct)
+    for name in ("x", "lora_A", "lora_B"):
+        assert t[name].grad.dtype == torch.float32
+
+
+def test_autocast_leaves_float64_alone():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert adapter_linear(scaling=1.0, **operands(dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_replays_the_same_dropout(reentrant):
+    def run(wrap):
+        t = {n: v.requires_grad_() for n, v in operands((30,)).items()}
+        torch.manual_seed(5)
+
+        def call(x):
+            return adapter_linear(x, *list(t.values())[1:4], 2.0, t["bias"], 0.4)
+
+        y = checkpoint(call, t["x"], use_reentrant=reentrant) if wrap else call(t["x"])
+        y.square().sum().backward()
+        return [y.detach()] + [v.grad for v in t.values()]
+
+    for plain, replayed in zip(run(False), run(True), strict=True):
+        assert torch.equal(plain, replayed)
+
+
+def test_a_retained_graph_gives_the_same_gradients_twice():
+    t = {n: v.requires_grad_() for n, v in operands((30,)).items()}
+    y = adapter_linear(scaling=2.0, dropout_p=0.3, **t)
+    inputs = list(t.values())
+    first = torch.autograd.grad(y.sum(), inputs, retain_graph=True)
+    second = torch.autograd.grad(y.sum(), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_an_operand_changed_in_place_before_backward_is_noticed():
+    t = {n: v.requires_grad_(n == "lora_A") for n, v in operands((30,)).items()}
+    y = adapter_linear(scaling=2.0, **t)
+    t["lora_B"].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_second_derivative_is_refused():
+    t = {n: v.requires_grad_() for n, v in operands((3,)).items()}
+    (gradient,) = torch.autograd.grad(
+        adapter_linear(scaling=2.0, **t).square().sum(), t["lora_A"], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_a_graph_frees_what_it_saved():
+    t = {n: v.requires_grad_() for n, v in operands((3,)).items()}
+    y = adapter_linear(scaling=2.0, **t)
+    y.sum().backward()
+    node = y.grad_fn
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.sum().backward()
+    del y, node
+    gc.collect()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_it_compiles_whole(p):
+    """torch.compile takes the call without a graph break and without a recompile per length."""
+    t = operands((6,), k=16, n=12)
+    counted = []
+
+    def backend(graph, inputs):
+        counted.append(len(graph.graph.nodes))
+        return graph
+
+    torch._dynamo.reset()
+
+    def call(x):
+        return adapter_linear(x, t["weight"], t["lora_A"], t["lora_B"], 2.0, t["bias"], p) * 2
+
+    compiled = torch.compile(call, backend=backend, fullgraph=True, dynamic=True)
+    for rows in (6, 9, 33):
+        x = operands((rows,), k=16)["x"].requires_grad_()
+        y = compiled(x)
+        y.sum().backward()
+        if p == 0.0:
+            wide = {n: v.double() for n, v in t.items() if n != "x"}
+            expected = 2 * adapter_linear_reference(x.detach().double(), scaling=2.0, **wide)
+            assert error(y.detach(), expected) <= 1e-5
+        assert torch.isfinite(x.grad).all()
+    assert len(counted) == 1
+
+
+def change(**changes):
+    def make():
+        return (
+            operands((5,))
+            | {"scaling": 1.0, "dropout_p": 0.0}
+            | {k: v() for k, v in changes.items()}
+        )
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "make, error_type, words",
+    [
+        (change(x=lambda: torch.randn(5, 23)), ValueError, "last dimension must be K = 24"),
+        (change(x=lambda: torch.tensor(1.0)), ValueError, "last dimension"),
+        (change(weight=lambda: torch.randn(24)), ValueError, "must be matrices"),
+        (change(lora_A=lambda: torch.randn(4, 25)), ValueError, r"lora_A has shape \[4, 25\]"),
+        (change(lora_A=lambda: torch.randn(0, 24)), ValueError, "r ≥ 1"),
+        (change(lora_B=lambda: torch.randn(20, 5)), ValueError, r"lora_B .* must be \[20, 4\]"),
+        (change(bias=lambda: torch.randn(24)), ValueError, "bias has shape"),
+        (change(bias=lambda: torch.randn(1, 20)), ValueError, "bias has shape"),
+        (
+            change(weight=lambda: torch.ones(20, 24, dtype=torch.int8)),
+            TypeError,
+            "weight is torch.int8",
+        ),
+        (change(x=lambda: torch.ones(5, 24, dtype=torch.long)), TypeError, "floating"),
+        (change(x=lambda: torch.randn(5, 24, dtype=torch.complex64)), TypeError, "floating"),
+        (change(x=lambda: torch.randn(5, 24).half()), TypeError, "must have x's dtype"),
+        (change(bias=lambda: torch.randn(20).double()), TypeError, "bias torch.float64"),
+        (change(lora_A=lambda: torch.randn(4, 24).double()), TypeError, "lora_A is torch.float64"),
+        (change(lora_B=lambda: torch.randn(20, 4).half()), TypeError, "lora_B is torch.float16"),
+        (change(lora_B=lambda: torch.randn(20, 4, device="meta")), ValueError, "lora_B is on meta"),
+        (change(scaling=lambda: float("nan")), ValueError, "scaling must be a finite number"),
+        (change(scaling=lambda: float("inf")), ValueError, "scaling must be a finite number"),
+        (change(dropout_p=lambda: 1.0), ValueError, r"dropout_p must be in \[0, 1\), not 1.0"),
+        (change(dropout_p=lambda: -0.1), ValueError, "dropout_p"),
+        (change(dropout_p=lambda: float("nan")), ValueError, "dropout_p"),
+    ],
+)
+def test_bad_input_is_refused_with_a_sentence(make, error_type, words):
+    with pytest.raises(error_type, match=words):
+        adapter_linear(**make())
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="unknown backend 'cuda'.*triton, onednn, eager"):
+        adapter_linear(scaling=1.0, backend="cuda", **operands())
+
+
+def test_the_public_name_is_the_operation():
+    assert fastlora.adapter_linear is fastlora.ops.adapter_linear is adapter_linear
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("needed", [(1, 1, 1, 1, 1), (1, 0, 1, 1, 0), (0, 0, 0, 1, 0)])
+def test_the_registered_operators_pass_torchs_own_checks(p, needed):
+    from fastlora.ops.adapter_linear.registered import forward_op
+    from fastlora.ops.dropout import draw_seed
+
+    t = operands((2, 3))
+    inputs = [v.requires_grad_(bool(w)) for v, w in zip(t.values(), needed, strict=True)]
+    seed = draw_seed("cpu") if p else None
+    torch.library.opcheck(forward_op, (*inputs, 2.0, p, seed, "eager"))

@@ -1,0 +1,136 @@
+"""Choosing a backend: order of precedence, refusals with reasons, the table."""
+
+import threading
+
+import pytest
+import torch
+
+import fastlora
+from fastlora.ops import backend as b
+from fastlora.ops.adapter_linear import BACKENDS, eager, onednn
+from tests.ops.adapter_linear.cases import operands
+
+CPU = torch.device("cpu")
+
+
+def chosen(dtype=torch.float32, requested=None):
+    return b.choose("adapter_linear", BACKENDS, CPU, dtype, requested).name
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.delenv(b.ENVIRONMENT_VARIABLE, raising=False)
+    b._choose.cache_clear()
+    yield
+    b._choose.cache_clear()
+
+
+def test_argument_over_context_over_environment(monkeypatch):
+    monkeypatch.setenv(b.ENVIRONMENT_VARIABLE, "eager")
+    assert chosen() == "eager"
+    with fastlora.use_backend("onednn"):
+        assert chosen() == "onednn"
+        assert chosen(requested="eager") == "eager"
+        with fastlora.use_backend("eager"):
+            assert chosen() == "eager"
+        assert chosen() == "onednn"
+    assert chosen() == "eager"
+
+
+@pytest.mark.parametrize(
+    "vendor, expected", [("GenuineIntel", "eager"), ("AuthenticAMD", "onednn")]
+)
+def test_onednn_is_automatic_where_mkl_is_slow(monkeypatch, vendor, expected):
+    monkeypatch.setattr(b, "cpu_vendor", lambda: vendor)
+    monkeypatch.setattr(b.platform, "machine", lambda: "x86_64")
+    assert chosen() == expected
+    assert chosen(torch.float64) == "eager"
+    assert chosen(torch.bfloat16) == "eager"
+
+
+def test_a_named_backend_that_cannot_run_says_every_reason(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(fastlora.BackendError) as caught:
+        chosen(torch.float64, "triton")
+    text = str(caught.value)
+    assert "not in float64" in text and "TRITON_INTERPRET=1" in text
+
+
+def test_the_interpreter_serves_on_request_only(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert chosen() != "triton"
+    rows = {
+        row[0]: row[2]
+        for row in b.table("adapter_linear", BACKENDS, b.Situation(CPU, torch.float32))
+    }
+    assert "on request only" in rows["triton"]
+    with pytest.raises(fastlora.BackendError, match="bfloat16 products wrongly"):
+        chosen(torch.bfloat16, "triton")
+
+
+def test_a_missing_package_is_a_reason(monkeypatch):
+    monkeypatch.setattr(b, "_installed", lambda package: False)
+    with pytest.raises(fastlora.BackendError, match="triton is not installed"):
+        chosen(requested="triton")
+
+
+def test_unknown_names_are_refused(monkeypatch):
+    with (
+        pytest.raises(ValueError, match="unknown backend 'trition'"),
+        fastlora.use_backend("trition"),
+    ):
+        pass
+    monkeypatch.setenv(b.ENVIRONMENT_VARIABLE, "fast")
+    with pytest.raises(ValueError, match="unknown backend 'fast'"):
+        chosen()
+
+
+def test_nobody_can_run_it():
+    with pytest.raises(
+        fastlora.BackendError, match="no backend for float8_e5m2 on cpu: triton: .*eager: "
+    ):
+        chosen(torch.float8_e5m2)
+
+
+def test_a_gpu_call_that_falls_back_says_so_once(recwarn):
+    """Metadata is enough to choose, so the GPU's case is decided here too."""
+    old = b.Backend("triton", "json", refuses=(lambda at: "its capability is 7.0",))
+    plain = b.Backend("eager", "json")
+    gpu = torch.device("cuda", 0)
+    for _ in range(3):
+        b.select("some_op", (old, plain), gpu, torch.float16)
+    messages = [str(w.message) for w in recwarn if w.category is b.FallbackWarning]
+    assert len(messages) == 1 and "capability is 7.0" in messages[0] and "'eager'" in messages[0]
+
+
+def test_the_context_is_local_to_its_thread():
+    seen = []
+    with fastlora.use_backend("eager"):
+        thread = threading.Thread(target=lambda: seen.append(b._requested.get()))
+        thread.start()
+        thread.join()
+    assert seen == [None]
+
+
+def test_backward_runs_on_the_backend_of_its_forward(monkeypatch):
+    ran = []
+    original = eager.backward
+    monkeypatch.setattr(eager, "backward", lambda *a, **k: ran.append("eager") or original(*a, **k))
+    monkeypatch.setattr(
+        onednn, "backward", lambda *a, **k: pytest.fail("another backend's backward")
+    )
+    t = operands()
+    t["lora_B"].requires_grad_()
+    with fastlora.use_backend("eager"):
+        y = fastlora.adapter_linear(scaling=1.0, **t)
+    with fastlora.use_backend("onednn"):
+        y.sum().backward()
+    assert ran == ["eager"]
+
+
+def test_explain_names_every_backend_and_the_one_taken():
+    text = fastlora.explain("adapter_linear", torch.randn(2))
+    assert all(name in text for name in b.NAMES)
+    assert text.count("->") == 1
+    with pytest.raises(ValueError, match="did you mean adapter_linear"):
+        fastlora.explain("adapter_liner")
