@@ -87,7 +87,7 @@ def test_unknown_names_are_refused(monkeypatch):
 
 def test_nobody_can_run_it():
     with pytest.raises(
-        fastlora.BackendError, match="no backend for float8_e5m2 on cpu: triton: .*eager: "
+        fastlora.BackendError, match=r"no backend for float8_e5m2 on cpu: triton: .*eager: "
     ):
         chosen(torch.float8_e5m2)
 

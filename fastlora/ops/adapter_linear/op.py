@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from types import ModuleType
 from typing import Any
@@ -12,7 +13,6 @@ from torch.autograd.function import once_differentiable
 
 from fastlora.ops import backend as _backend
 from fastlora.ops.adapter_linear.contract import BACKENDS, Needs, rows
-from fastlora.ops.adapter_linear.registered import forward_op
 from fastlora.ops.dropout import draw_seed
 
 
@@ -87,12 +87,16 @@ def _compiled(
     seed = None
     if dropout_p > 0.0:
         seed = draw_seed(x.device if name == "triton" else "cpu")
-    y, _ = forward_op(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, name)
+    y, _ = torch.ops.fastlora.adapter_linear_forward(
+        x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, name
+    )
     return y
 
 
 @torch.compiler.assume_constant_result
 def _constant_choice(device: torch.device, dtype: torch.dtype, backend: str | None) -> str:
+    # registering an operator imports dynamo and triton, so it waits until somebody compiles
+    importlib.import_module("fastlora.ops.adapter_linear.registered")
     return _backend.choose("adapter_linear", BACKENDS, device, dtype, backend).name
 
 
