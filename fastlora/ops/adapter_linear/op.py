@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from types import ModuleType
 from typing import Any
@@ -13,7 +12,6 @@ from torch.autograd.function import once_differentiable
 
 from fastlora.ops import backend as _backend
 from fastlora.ops.adapter_linear.contract import BACKENDS, Needs, rows
-from fastlora.ops.dropout import draw_seed
 
 
 def adapter_linear(
@@ -64,40 +62,15 @@ def adapter_linear(
     _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
     arguments = (x, weight, lora_A, lora_B, bias, float(scaling), float(dropout_p))
     if torch.compiler.is_compiling():
-        return _compiled(*arguments, backend)
+        # registering operators imports dynamo and triton, so it waits until somebody compiles
+        from fastlora.ops.adapter_linear.registered import compiled
+
+        return compiled(*arguments, backend)
     module = _backend.select("adapter_linear", BACKENDS, device, x.dtype, backend)
     if autocast:
         with torch.autocast(device.type, enabled=False):
             return _AdapterLinear.apply(*arguments, module)
     return _AdapterLinear.apply(*arguments, module)
-
-
-def _compiled(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    backend: str | None,
-) -> Tensor:
-    """The same through the registered operators; the backend is fixed when the graph is traced."""
-    name = _constant_choice(x.device, x.dtype, backend)
-    seed = None
-    if dropout_p > 0.0:
-        seed = draw_seed(x.device if name == "triton" else "cpu")
-    y, _ = torch.ops.fastlora.adapter_linear_forward(
-        x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, name
-    )
-    return y
-
-
-@torch.compiler.assume_constant_result
-def _constant_choice(device: torch.device, dtype: torch.dtype, backend: str | None) -> str:
-    # registering an operator imports dynamo and triton, so it waits until somebody compiles
-    importlib.import_module("fastlora.ops.adapter_linear.registered")
-    return _backend.choose("adapter_linear", BACKENDS, device, dtype, backend).name
 
 
 class _AdapterLinear(torch.autograd.Function):

@@ -14,6 +14,31 @@ from torch import Tensor
 
 from fastlora.ops import backend as _backend
 from fastlora.ops.adapter_linear.contract import BACKENDS, Needs, rows
+from fastlora.ops.dropout import draw_seed
+
+
+def compiled(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    backend: str | None,
+) -> Tensor:
+    """``adapter_linear`` for a call being traced; its backend is fixed when the graph is made."""
+    name = _choose(x.device, x.dtype, backend)
+    seed = None
+    if dropout_p > 0.0:
+        seed = draw_seed(x.device if name == "triton" else "cpu")
+    y, _ = forward_op(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, name)
+    return y
+
+
+@torch.compiler.assume_constant_result
+def _choose(device: torch.device, dtype: torch.dtype, backend: str | None) -> str:
+    return _backend.choose("adapter_linear", BACKENDS, device, dtype, backend).name
 
 
 @torch.library.custom_op("fastlora::adapter_linear_forward", mutates_args=())
