@@ -107,6 +107,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
             r = config.rank_of(name)
             n, k = linear.weight.shape
             shapes[name] = (torch.Size((r, k)), torch.Size((n, r)))
+    _drop_base_weights(model, tensors, folder)
     _check_tensors(shapes, tensors, folder)
     if report is None:
         report = inject(model, config)
@@ -170,6 +171,20 @@ def _our_layers(model: nn.Module) -> list[AdapterLayer]:
 
 def _key(name: str, part: str) -> str:
     return f"{PEFT_PREFIX}{name}.{part}.weight"
+
+
+def _drop_base_weights(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Take out the base weights that peft stores with adapted embeddings; they must be ours."""
+    base = dict(model.named_parameters(remove_duplicate=False))
+    for key in list(tensors):
+        own = base.get(key.removeprefix(PEFT_PREFIX).replace(".base_layer.", "."))
+        if own is None or ".lora_" in key:
+            continue
+        if not torch.equal(tensors.pop(key), own.detach().cpu()):
+            raise ValueError(
+                f"{folder / WEIGHTS_NAME} holds {key}, which differs from the model's own; "
+                "load the adapter with peft and call fastlora.accelerate"
+            )
 
 
 def _check_tensors(

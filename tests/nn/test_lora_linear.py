@@ -1,0 +1,153 @@
+"""LoRALinear: construction, initialisation, forward, merging."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fastlora.nn import LoRALinear
+
+
+def make(k=24, n=20, bias=True, dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    linear = nn.Linear(k, n, bias=bias, dtype=dtype)
+    return linear, LoRALinear.from_linear(linear, **({"r": 4, "lora_alpha": 6} | options))
+
+
+def train_a_little(layer):
+    with torch.no_grad():
+        layer.lora_B.weight.normal_(std=0.3)
+    return layer
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_it_starts_as_its_base(bias):
+    linear, layer = make(bias=bias)
+    x = torch.randn(2, 5, 24)
+    torch.testing.assert_close(layer(x), linear(x))
+    assert layer.weight is linear.weight and layer.bias is linear.bias
+    assert not layer.weight.requires_grad
+    assert [n for n, p in layer.named_parameters() if p.requires_grad] == [
+        "lora_A.weight",
+        "lora_B.weight",
+    ]
+    assert layer.lora_A.weight.shape == (4, 24) and layer.lora_B.weight.shape == (20, 4)
+
+
+def test_initialisation_is_kaiming_and_zero():
+    _, layer = make(k=400, n=300, r=50)
+    assert layer.lora_A.weight.abs().max() <= 1 / math.sqrt(400)
+    assert abs(layer.lora_A.weight.std() * math.sqrt(3 * 400) - 1) < 0.03
+    assert not layer.lora_B.weight.any()
+
+
+@pytest.mark.parametrize("use_rslora, scaling", [(False, 6 / 4), (True, 6 / 2)])
+def test_it_computes_the_formula(use_rslora, scaling):
+    linear, layer = make(use_rslora=use_rslora)
+    train_a_little(layer)
+    x = torch.randn(3, 24)
+    update = scaling * (x @ layer.lora_A.weight.T) @ layer.lora_B.weight.T
+    torch.testing.assert_close(layer(x), linear(x) + update)
+    torch.testing.assert_close(
+        layer.delta_weight(), scaling * layer.lora_B.weight @ layer.lora_A.weight
+    )
+
+
+def test_dropout_acts_in_training_only():
+    _, layer = make(lora_dropout=0.5)
+    train_a_little(layer)
+    x = torch.randn(3, 24)
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_merge_and_unmerge(dtype):
+    linear, layer = make(dtype=dtype)
+    train_a_little(layer)
+    x = torch.randn(3, 24, dtype=dtype)
+    before, weight = layer(x), layer.weight.clone()
+    layer.merge()
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(layer(x), before, atol=16 * eps, rtol=16 * eps)
+    assert layer.weight is linear.weight and not torch.equal(layer.weight, weight)
+    with pytest.raises(RuntimeError, match="merged already"):
+        layer.merge()
+    layer.unmerge()
+    torch.testing.assert_close(layer.weight.data, weight, atol=4 * eps, rtol=4 * eps)
+    with pytest.raises(RuntimeError, match="not merged"):
+        layer.unmerge()
+
+
+def test_a_merge_that_would_not_be_finite_changes_nothing():
+    _, layer = make(dtype=torch.float16)
+    with torch.no_grad():
+        layer.lora_A.weight.fill_(300.0)
+        layer.lora_B.weight.fill_(300.0)
+    weight = layer.weight.clone()
+    with pytest.raises(ValueError, match="non-finite"):
+        layer.merge()
+    assert torch.equal(layer.weight, weight) and not layer.merged
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_adapters_of_a_half_base_are_float32(dtype):
+    _, layer = make(dtype=dtype)
+    assert layer.lora_A.weight.dtype == layer.lora_B.weight.dtype == torch.float32
+    assert layer(torch.randn(3, 24, dtype=dtype)).dtype == dtype
+    _, layer = make(dtype=dtype, adapter_dtype=dtype)
+    assert layer.lora_A.weight.dtype == dtype
+
+
+def test_it_copies_and_pickles():
+    _, layer = make(lora_dropout=0.25)
+    train_a_little(layer).eval()
+    x = torch.randn(3, 24)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), layer(x))
+        assert twin.weight is not layer.weight
+        assert repr(twin) == repr(layer) and "r=4" in repr(layer)
+
+
+def test_training_moves_the_adapter_only():
+    _, layer = make(lora_dropout=0.1)
+    before = {n: p.clone() for n, p in layer.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        layer(torch.randn(8, 24)).square().mean().backward()
+        optimizer.step()
+    moved = {n for n, p in layer.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {"lora_A.weight", "lora_B.weight"}
+
+
+class Custom(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(
+    "linear, options, error, words",
+    [
+        (Custom(3, 3), {}, TypeError, "not a Custom"),
+        (nn.Embedding(3, 3), {}, TypeError, "not a Embedding"),
+        (nn.Linear(3, 3), {"r": 0}, ValueError, "r must be a whole number of at least 1, not 0"),
+        (nn.Linear(3, 3), {"r": 1.5}, ValueError, "r must be"),
+        (nn.Linear(3, 3), {"lora_alpha": float("nan")}, ValueError, "lora_alpha must be a finite"),
+        (nn.Linear(3, 3), {"lora_dropout": 1.0}, ValueError, "lora_dropout must be in"),
+    ],
+)
+def test_bad_input(linear, options, error, words):
+    with pytest.raises(error, match=words):
+        LoRALinear.from_linear(linear, **options)
+    assert all(p.requires_grad for p in linear.parameters())
+
+
+def test_integer_weights_are_refused():
+    linear = nn.Linear(3, 3)
+    linear.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"torch.int8 cannot be adapted"):
+        LoRALinear.from_linear(linear)
