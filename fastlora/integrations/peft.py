@@ -65,7 +65,7 @@ def accelerate(peft_model: nn.Module, strict: bool = False) -> Report:
         if reason := _reason(module):
             report.skipped.append(Row(name, f"for now peft's forward: {reason}"))
         else:
-            adapter = module.active_adapters[0]
+            (adapter,) = _active(module)
             detail = f"adapter '{adapter}', r={module.r[adapter]}"
             report.fused.append(Row(name, f"{detail}, scaling={module.scaling[adapter]:g}"))
     if not report.fused and not report.skipped:
@@ -99,7 +99,7 @@ class FusedLinear(PeftLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or _reason(self, x) is not None:
             return super().forward(x, *args, **kwargs)
-        adapter = self.active_adapters[0]
+        (adapter,) = _active(self)
         base = self.base_layer
         dropout = self.lora_dropout[adapter]
         return adapter_linear(
@@ -135,14 +135,19 @@ def _never_reason(module: BaseTunerLayer) -> str | None:
     return None
 
 
+def _active(layer: PeftLinear) -> list[str]:
+    """The active adapters that this layer has; the others do not concern it."""
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
 def _reason(layer: PeftLinear, x: Tensor | None = None) -> str | None:
     """Why the layer, as it is now, runs peft's forward, as a sentence; None if it runs fused."""
     if layer.disable_adapters:
         return "adapters are disabled"
     if layer.merged_adapters:
         return "an adapter is merged"
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(active) != 1 or len(layer.active_adapters) != 1:
+    active = _active(layer)
+    if len(active) != 1:
         return f"{len(active)} adapters are active here"
     adapter = active[0]
     if adapter in layer.lora_variant:
