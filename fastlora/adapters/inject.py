@@ -71,5 +71,6 @@ def unload(model: nn.Module) -> None:
 
 def _plain_linear(layer: LoRALinear) -> nn.Linear:
     linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
-    linear.weight, linear.bias = layer.weight, layer.bias
+    linear.register_parameter("weight", layer.weight)
+    linear.register_parameter("bias", layer.bias)
     return linear.train(layer.training)

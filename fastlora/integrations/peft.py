@@ -14,16 +14,12 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fastlora.adapters.report import Report, Row
 from fastlora.adapters.view import plain_name
 from fastlora.ops.adapter_linear import adapter_linear
 from fastlora.ops.backend import HALF
-
-try:
-    from transformers.pytorch_utils import Conv1D
-except ImportError:  # peft without transformers: no such layer can occur
-    Conv1D = None
 
 _WEIGHTS = (nn.Parameter, Tensor)
 _DROPOUTS = (nn.Identity, nn.Dropout)
@@ -79,7 +75,7 @@ def accelerate(peft_model: nn.Module, strict: bool = False) -> Report:
             f"{first.name}: {first.detail}"
         )
     for module in fusable:
-        module.__class__ = FusedLinear
+        module.__class__ = FusedLinear  # type: ignore[assignment]
     return report
 
 
@@ -88,7 +84,7 @@ def restore(peft_model: nn.Module) -> int:
     count = 0
     for module in peft_model.modules():
         if type(module) is FusedLinear:
-            module.__class__ = PeftLinear
+            module.__class__ = PeftLinear  # type: ignore[assignment]
             count += 1
     return count
 
@@ -99,15 +95,16 @@ class FusedLinear(PeftLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or _reason(self, x) is not None:
             return super().forward(x, *args, **kwargs)
-        (adapter,) = _active(self)
-        base = self.base_layer
-        dropout = self.lora_dropout[adapter]
+        layer: Any = self
+        (adapter,) = _active(layer)
+        base = layer.base_layer
+        dropout = layer.lora_dropout[adapter]
         return adapter_linear(
             x,
             base.weight if type(base) is nn.Linear else base.weight.t(),
-            self.lora_A[adapter].weight,
-            self.lora_B[adapter].weight,
-            self.scaling[adapter],
+            layer.lora_A[adapter].weight,
+            layer.lora_B[adapter].weight,
+            layer.scaling[adapter],
             base.bias,
             dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0,
         )
@@ -116,7 +113,7 @@ class FusedLinear(PeftLinear):
         return PeftLinear.__name__  # the printed model stays as peft prints it
 
 
-def _never_reason(module: BaseTunerLayer) -> str | None:
+def _never_reason(module: Any) -> str | None:
     """Why this layer cannot be swapped at all, as a sentence; None if it can."""
     kind = type(module)
     if kind not in (PeftLinear, FusedLinear):
@@ -124,7 +121,7 @@ def _never_reason(module: BaseTunerLayer) -> str | None:
     if "forward" in module.__dict__:
         return "its forward has been replaced on the instance"
     base = module.base_layer
-    if type(base) is not nn.Linear and (Conv1D is None or type(base) is not Conv1D):
+    if type(base) is not nn.Linear and type(base) is not Conv1D:
         return f"its base is a {type(base).__name__}, not an nn.Linear"
     if base.weight.dtype not in _DTYPES or type(base.weight) not in _WEIGHTS:
         return f"its base weight is a {type(base.weight).__name__} of {base.weight.dtype}"
@@ -135,12 +132,12 @@ def _never_reason(module: BaseTunerLayer) -> str | None:
     return None
 
 
-def _active(layer: PeftLinear) -> list[str]:
+def _active(layer: Any) -> list[str]:
     """The active adapters that this layer has; the others do not concern it."""
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
-def _reason(layer: PeftLinear, x: Tensor | None = None) -> str | None:
+def _reason(layer: Any, x: Tensor | None = None) -> str | None:
     """Why the layer, as it is now, runs peft's forward, as a sentence; None if it runs fused."""
     if layer.disable_adapters:
         return "adapters are disabled"
@@ -154,7 +151,7 @@ def _reason(layer: PeftLinear, x: Tensor | None = None) -> str | None:
         return f"adapter '{adapter}' computes {type(layer.lora_variant[adapter]).__name__}"
     base, dropout = layer.base_layer, layer.lora_dropout[adapter]
     lora_A, lora_B = layer.lora_A[adapter], layer.lora_B[adapter]
-    if type(base) is not nn.Linear and (Conv1D is None or type(base) is not Conv1D):
+    if type(base) is not nn.Linear and type(base) is not Conv1D:
         return f"the base layer is a {type(base).__name__}"
     if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
         return f"lora_A is a {type(lora_A).__name__}, lora_B a {type(lora_B).__name__}"

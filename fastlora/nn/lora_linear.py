@@ -23,6 +23,8 @@ class LoRALinear(nn.Module):
 
     in_features: int
     out_features: int
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -48,8 +50,11 @@ class LoRALinear(nn.Module):
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.merged = False
         self.enabled = True
-        self.weight = weight.requires_grad_(False)
-        self.bias = None if bias is None else bias.requires_grad_(False)
+        weight.requires_grad_(False)
+        self.register_parameter("weight", weight)
+        if bias is not None:
+            bias.requires_grad_(False)
+        self.register_parameter("bias", bias)
         if adapter_dtype is None:
             adapter_dtype = torch.float32 if weight.dtype in HALF else weight.dtype
         where = {"device": weight.device, "dtype": adapter_dtype}
@@ -77,9 +82,10 @@ class LoRALinear(nn.Module):
         """
         if type(linear) is not nn.Linear:
             raise TypeError(f"from_linear takes a torch.nn.Linear, not a {type(linear).__name__}")
-        layer = cls(
-            linear.weight, linear.bias, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype
-        )
+        weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+        if weight is None:
+            raise TypeError("the linear layer's weight is not a plain parameter")
+        layer = cls(weight, bias, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
         return layer.train(linear.training)
 
     def reset_lora_parameters(self) -> None:

