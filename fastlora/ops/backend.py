@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -37,8 +38,7 @@ class FallbackWarning(UserWarning):
     """A GPU call runs in plain PyTorch because its kernels cannot; said once per reason."""
 
 
-@dataclass(frozen=True)
-class Situation:
+class Situation(NamedTuple):
     """What a choice depends on. ``dtype`` is the compute dtype, after any autocast."""
 
     device: torch.device
@@ -48,7 +48,7 @@ class Situation:
 Reason = Callable[[Situation], str | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity: hashed on every call
 class Backend:
     """One way to run an operation.
 
