@@ -1,0 +1,115 @@
+"""One small step of every operation on every backend that can run, against its formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora.cli.errors import first_line
+from fastlora.cli.facts import situations
+from fastlora.ops.adapter_linear import adapter_linear
+from fastlora.ops.adapter_linear.reference import adapter_linear_reference
+from fastlora.ops.backend import Situation
+from fastlora.ops.explain import OPERATIONS
+
+# Largest error allowed, relative to the largest element: a few units in the last place of what is
+# stored; the half types also round the [M, r] product between the two small matrices.
+TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+Errors = dict[str, float]
+
+
+def check_everything() -> list[dict[str, Any]]:
+    """A row for every (operation, device, dtype, backend) that can run."""
+    rows = []
+    for op, backends in OPERATIONS.items():
+        for device in (at.device for at in situations()):
+            for dtype, tolerance in TOLERANCES.items():
+                at = Situation(device, dtype)
+                for backend in backends:
+                    if not backend.cannot(at):
+                        rows.append(_row(op, at, backend.name, tolerance))
+    return rows
+
+
+def _row(op: str, at: Situation, backend: str, tolerance: float) -> dict[str, Any]:
+    row = {
+        "operation": op,
+        "device": str(at.device),
+        "dtype": str(at.dtype).removeprefix("torch."),
+        "backend": backend,
+        "tolerance": tolerance,
+    }
+    try:
+        errors = STEPS[op](at, backend)
+    except Exception as error:  # whatever a driver or compiler raises is this command's finding
+        return row | {"ok": False, "detail": f"{type(error).__name__}: {first_line(error)}"}
+    name, worst = max(errors.items(), key=lambda item: _order(item[1]))
+    detail = f"largest relative error {worst:.1e} (in {name}), allowed {tolerance:.0e}"
+    return row | {
+        "ok": all(value <= tolerance for value in errors.values()),
+        "max_relative_error": worst if worst == worst else None,
+        "detail": detail,
+    }
+
+
+def _order(value: float) -> float:
+    return value if value == value else float("inf")
+
+
+def _adapter_linear(at: Situation, backend: str) -> Errors:
+    # 96 × 176 × 160 multiply-adds are enough for every backend to run its own product
+    k, n, r, scaling = 176, 160, 12, 1.5
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return values.to(at.dtype).to(at.device)
+
+    operands = {
+        "x": draw(2, 48, k),
+        "weight": draw(n, k) / 13,
+        "lora_A": draw(r, k) / 13,
+        "lora_B": draw(n, r),
+        "bias": draw(n),
+    }
+    dy = draw(2, 48, n)
+    got = _step(
+        lambda x, weight, lora_A, lora_B, bias: adapter_linear(
+            x, weight, lora_A, lora_B, scaling, bias, backend=backend
+        ),
+        operands,
+        dy,
+    )
+    exact = _step(
+        lambda x, weight, lora_A, lora_B, bias: adapter_linear_reference(
+            x, weight, lora_A, lora_B, scaling, bias
+        ),
+        {name: value.double() for name, value in operands.items()},
+        dy.double(),
+    )
+    return {name: _relative(got[name], exact[name]) for name in exact}
+
+
+def _step(
+    function: Callable[..., Tensor], operands: dict[str, Tensor], dy: Tensor
+) -> dict[str, Tensor]:
+    """The output and the gradient of every operand but the frozen weight."""
+    leaves = {
+        name: value.detach().clone().requires_grad_(name != "weight")
+        for name, value in operands.items()
+    }
+    y = function(**leaves)
+    y.backward(dy)
+    gradients = {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {"y": y.detach(), **gradients}
+
+
+def _relative(got: Tensor, exact: Tensor) -> float:
+    return float((got.double() - exact).abs().max() / exact.abs().max())
+
+
+STEPS: dict[str, Callable[[Situation, str], Errors]] = {"adapter_linear": _adapter_linear}
