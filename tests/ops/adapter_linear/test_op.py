@@ -1,6 +1,7 @@
 """What surrounds the kernels: checks, what is saved, autocast, checkpointing, graph reuse."""
 
 import gc
+import itertools
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 import fastlora
 from fastlora.ops import adapter_linear
 from fastlora.ops.adapter_linear.reference import adapter_linear_reference
-from tests.ops.adapter_linear.cases import error, operands
+from fastlora.ops.dropout import draw_seed, keep_scale, philox_keep
+from tests.ops.adapter_linear.cases import NAMES, error, exact, operands
 
 
 def saved_bytes(dropout_p=0.0, **tensors):
@@ -46,6 +48,33 @@ def saved_bytes(dropout_p=0.0, **tensors):
 def test_only_what_the_gradients_need_is_saved(trained, floats_per_token):
     tensors = {n: t.requires_grad_(n in trained) for n, t in operands((50,)).items()}
     assert saved_bytes(**tensors) == 50 * floats_per_token * 4
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_the_kernels_give_only_the_gradients_asked_for(p):
+    """Through the public call, so that operands nobody needs are really gone in backward."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = {n: t.to(device) for n, t in operands((2, 3)).items()}
+    dy = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(9)).to(device)
+    drawn = {}
+    if p:
+        torch.manual_seed(3)
+        keep = philox_keep((6, 24), p, draw_seed(device)).view(2, 3, 24)
+        drawn = {"keep": keep, "keep_scale": keep_scale(p)}
+    expected = exact(tensors, 2.0, dy, **drawn)
+    for wanted in itertools.product([False, True], repeat=len(NAMES)):
+        if not any(wanted):
+            continue
+        flags = zip(NAMES, wanted, strict=True)
+        leaves = {n: tensors[n].detach().requires_grad_(w) for n, w in flags}
+        torch.manual_seed(3)
+        y = adapter_linear(scaling=2.0, dropout_p=p, backend="triton", **leaves)
+        assert error(y.detach(), expected["y"]) <= 1e-5
+        y.backward(dy)
+        for name, asked in zip(NAMES, wanted, strict=True):
+            assert (leaves[name].grad is not None) == asked
+            if asked:
+                assert error(leaves[name].grad, expected[name]) <= 1e-5, (name, wanted)
 
 
 def test_dropout_saves_a_seed_and_no_mask():
@@ -233,7 +262,6 @@ def test_the_public_name_is_the_operation():
 @pytest.mark.parametrize("needed", [(1, 1, 1, 1, 1), (1, 0, 1, 1, 0), (0, 0, 0, 1, 0)])
 def test_the_registered_operators_pass_torchs_own_checks(p, needed):
     from fastlora.ops.adapter_linear.registered import forward_op
-    from fastlora.ops.dropout import draw_seed
 
     t = operands((2, 3))
     inputs = [v.requires_grad_(bool(w)) for v, w in zip(t.values(), needed, strict=True)]

@@ -1,0 +1,432 @@
+"""Which tile and which algorithm a call of the Triton backend uses: plain Python, without a GPU.
+
+Every choice is a pure function of (dtype, M, N, K, r, architecture facts). ``candidates`` lists
+all tiles that can ever be chosen, so that ``bench/compile_matrix.py`` can compile each. M only
+enters rounded up to a power of two: the choice is cached, and two sequence lengths of one bucket
+never compile two kernels.
+
+The priors in ``algorithm`` are *unmeasured*. A file ``tables/<device>.json`` beside this module
+replaces them for one device (``device_file`` gives the name, "NVIDIA H200" -> "nvidia-h200.json")::
+
+    {
+      "format": "fastlora.adapter_linear.algorithm/1",
+      "device": "NVIDIA H200",
+      "entries": [
+        {"part": "forward", "dtype": "bfloat16", "M": 8192, "N": 4096, "K": 4096, "r": 16,
+         "algorithm": "accumulate"}
+      ]
+    }
+
+An entry serves the calls of its part and dtype whose M, N, K and r each lie within a factor of two
+of its own; the nearest one (sum of the distances in log2) wins, the earlier of two equally near.
+Calls near no entry keep the prior.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from math import log2
+from pathlib import Path
+from typing import Any
+
+import torch
+
+KERNELS = ("shrink", "main", "seed", "bwd_dy", "bwd_da", "sum")
+PARTS = ("forward", "dx")
+ALGORITHMS = ("fused", "accumulate")
+TABLE_FORMAT = "fastlora.adapter_linear.algorithm/1"
+TABLES = Path(__file__).parent / "tables"
+
+_KIB = 1024
+# KiB of shared memory a block may use (CUDA programming guide, table of compute capabilities)
+_SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+INTERPRETER_CAPABILITY = 0
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes of one kernel (0 where it has no such dimension) and how it is launched."""
+
+    BLOCK_M: int = 0
+    BLOCK_N: int = 0
+    BLOCK_K: int = 0
+    BLOCK_R: int = 0
+    num_warps: int = 4
+    num_stages: int = 3
+    GROUP_M: int = 8
+
+
+@dataclass(frozen=True)
+class Arch:
+    """What a choice may depend on. capability: 80, 86, 89, 90, 100 or 120 (0: the interpreter)."""
+
+    capability: int
+    sm_count: int
+    shared_bytes: int
+    device: str = ""  # the name a measured table is looked up by
+
+
+INTERPRETER = Arch(INTERPRETER_CAPABILITY, sm_count=4, shared_bytes=99 * _KIB)
+
+
+def arch_of(capability: int, sm_count: int, device: str = "") -> Arch:
+    """The known architecture a card of ``capability`` (10 * major + minor) is treated as.
+
+    An unknown one takes the nearest lower known one (87 -> 86, 103 -> 100), whose instructions and
+    limits it has at least; anything below 80 is refused, because the tiles assume its tensor cores.
+    """
+    known = [c for c in _SHARED if c <= capability]
+    if not known:
+        raise ValueError(
+            f"compute capability {capability / 10:.1f} is below 8.0, the lowest with tiles here"
+        )
+    return Arch(max(known), sm_count, _SHARED[max(known)] * _KIB, device)
+
+
+# ------------------------------------------------------------------------------------- candidates
+
+
+def candidates(kernel: str, dtype: torch.dtype, arch: Arch) -> tuple[Tile, ...]:
+    """Every tile ``choose`` can return for this kernel, dtype and architecture."""
+    return tuple(slots(kernel, dtype, arch).values())
+
+
+def slots(kernel: str, dtype: torch.dtype, arch: Arch) -> dict[tuple[str, int], Tile]:
+    """The candidates by what they serve: (class of the call, largest rank of the class) -> Tile."""
+    return _slots(kernel, dtype.itemsize == 2, arch.capability)
+
+
+@cache
+def _slots(kernel: str, half: bool, capability: int) -> dict[tuple[str, int], Tile]:
+    if kernel not in KERNELS:
+        raise ValueError(f"unknown kernel {kernel!r}; the kernels are {', '.join(KERNELS)}")
+    if capability == INTERPRETER_CAPABILITY:
+        return _INTERPRETED[kernel]
+    if not half:
+        return _FP32[kernel]
+    if kernel == "main":
+        return _HALF_MAIN[capability]
+    return _HALF[kernel]
+
+
+_ANY = 1 << 30  # a rank class without an upper end
+
+# Small, and different from each other, so that every loop and every mask takes part in a test.
+_INTERPRETED = {
+    "shrink": {("any", _ANY): Tile(BLOCK_M=32, BLOCK_K=16, BLOCK_R=32)},
+    "main": {("any", _ANY): Tile(BLOCK_M=32, BLOCK_N=32, BLOCK_K=32, BLOCK_R=32, GROUP_M=2)},
+    "seed": {("any", _ANY): Tile(BLOCK_M=32, BLOCK_N=32, BLOCK_K=32, BLOCK_R=32, GROUP_M=2)},
+    "bwd_dy": {("any", _ANY): Tile(BLOCK_M=16, BLOCK_N=32, BLOCK_R=32)},
+    "bwd_da": {("any", _ANY): Tile(BLOCK_M=16, BLOCK_K=32, BLOCK_R=32)},
+    "sum": {("any", _ANY): Tile(BLOCK_M=4, BLOCK_N=256)},
+}
+
+_SUM = {("any", _ANY): Tile(BLOCK_M=8, BLOCK_N=256, num_stages=1)}
+
+# "irregular" serves operands that cannot be read 16 bytes at a time (see ``choose``): the compiler
+# then holds an address for each element, which only small tiles have the registers for.
+
+# The skinny kernels wait for memory: deep tiles along the contiguous dimension, few registers.
+_HALF = {
+    "shrink": {
+        ("small", 16): Tile(BLOCK_M=16, BLOCK_K=128, BLOCK_R=16, num_stages=4),
+        ("small", _ANY): Tile(BLOCK_M=16, BLOCK_K=64, BLOCK_R=64, num_stages=4),
+        ("any", 16): Tile(BLOCK_M=64, BLOCK_K=128, BLOCK_R=16),
+        ("any", 64): Tile(BLOCK_M=64, BLOCK_K=64, BLOCK_R=64),
+        ("any", _ANY): Tile(BLOCK_M=64, BLOCK_K=64, BLOCK_R=128, num_warps=8),
+        ("irregular", _ANY): Tile(BLOCK_M=32, BLOCK_K=64, BLOCK_R=32),
+    },
+    "seed": {
+        ("any", 16): Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, BLOCK_R=16, num_stages=1),
+        ("any", _ANY): Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, BLOCK_R=64, num_stages=1),
+        ("irregular", _ANY): Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, BLOCK_R=16, num_stages=1),
+    },
+    "bwd_dy": {
+        ("small", 16): Tile(BLOCK_M=16, BLOCK_N=256, BLOCK_R=16),
+        ("small", _ANY): Tile(BLOCK_M=16, BLOCK_N=128, BLOCK_R=64),
+        ("any", 16): Tile(BLOCK_M=64, BLOCK_N=256, BLOCK_R=16, num_warps=8),
+        ("any", _ANY): Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8),
+        ("irregular", _ANY): Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_R=32),
+    },
+    "bwd_da": {
+        ("small", 16): Tile(BLOCK_M=16, BLOCK_K=256, BLOCK_R=16),
+        ("small", _ANY): Tile(BLOCK_M=16, BLOCK_K=128, BLOCK_R=64),
+        ("any", 16): Tile(BLOCK_M=64, BLOCK_K=128, BLOCK_R=16),
+        ("any", _ANY): Tile(BLOCK_M=64, BLOCK_K=128, BLOCK_R=64, num_warps=8),
+        ("irregular", _ANY): Tile(BLOCK_M=32, BLOCK_K=64, BLOCK_R=32),
+    },
+    "sum": _SUM,
+}
+
+
+def _mains(
+    block_k: int, big_stages: int, stages: int, small_stages: int
+) -> dict[tuple[str, int], Tile]:
+    """The four sizes of the GEMM tile; where M and N fill the card, one variant for low ranks."""
+    big = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=block_k, num_warps=8, num_stages=big_stages)
+    mid = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=block_k, num_warps=8, num_stages=stages)
+    low = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=small_stages)
+    return {
+        ("small", _ANY): Tile(
+            BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, BLOCK_R=32, num_stages=small_stages
+        ),
+        ("low", _ANY): Tile(**low, BLOCK_R=16),
+        ("mid", _ANY): Tile(**mid, BLOCK_R=32),
+        ("big", 16): Tile(**big, BLOCK_R=16),
+        ("big", _ANY): Tile(**big, BLOCK_R=32),
+        ("irregular", _ANY): Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, BLOCK_R=32),
+    }
+
+
+_HALF_MAIN = {
+    80: _mains(block_k=32, big_stages=4, stages=4, small_stages=4),
+    86: _mains(block_k=32, big_stages=3, stages=4, small_stages=4),
+    89: _mains(block_k=32, big_stages=3, stages=4, small_stages=4),
+    90: _mains(block_k=64, big_stages=4, stages=4, small_stages=4),
+    100: _mains(block_k=64, big_stages=4, stages=4, small_stages=4),
+    120: _mains(block_k=32, big_stages=3, stages=4, small_stages=4),
+}
+
+# Without tensor cores ("ieee") a dot is unrolled into FMAs: small blocks, or registers run out.
+_FP32 = {
+    "shrink": {
+        ("small", _ANY): Tile(BLOCK_M=16, BLOCK_K=32, BLOCK_R=16),
+        ("any", 16): Tile(BLOCK_M=64, BLOCK_K=32, BLOCK_R=16),
+        ("any", _ANY): Tile(BLOCK_M=32, BLOCK_K=32, BLOCK_R=64),
+        ("irregular", _ANY): Tile(BLOCK_M=16, BLOCK_K=32, BLOCK_R=16),
+    },
+    "main": {
+        ("small", _ANY): Tile(BLOCK_M=16, BLOCK_N=32, BLOCK_K=32, BLOCK_R=16),
+        ("any", _ANY): Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, BLOCK_R=16, num_warps=8),
+        ("irregular", _ANY): Tile(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, BLOCK_R=16),
+    },
+    "seed": {
+        ("any", _ANY): Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, BLOCK_R=16, num_stages=1),
+        ("irregular", _ANY): Tile(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, BLOCK_R=16, num_stages=1),
+    },
+    "bwd_dy": {
+        ("any", 16): Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_R=16),
+        ("any", _ANY): Tile(BLOCK_M=32, BLOCK_N=32, BLOCK_R=32),
+        ("irregular", _ANY): Tile(BLOCK_M=16, BLOCK_N=32, BLOCK_R=16),
+    },
+    "bwd_da": {
+        ("any", 16): Tile(BLOCK_M=32, BLOCK_K=64, BLOCK_R=16),
+        ("any", _ANY): Tile(BLOCK_M=32, BLOCK_K=64, BLOCK_R=32),
+        ("irregular", _ANY): Tile(BLOCK_M=32, BLOCK_K=32, BLOCK_R=16),
+    },
+    "sum": _SUM,
+}
+
+
+def shared_bytes(kernel: str, tile: Tile, dtype: torch.dtype, arch: Arch) -> int:
+    """An estimate of the shared memory a block takes; the compiler's figure is at most that.
+
+    The compiler reuses one region after another, so the largest phase counts, not the sum: the
+    rank-r product, the pipelined loop, the result on its way out. ``bench/compile_matrix.py``
+    holds it against the compiler.
+    """
+    size = dtype.itemsize
+    m, n, k, r = tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, tile.BLOCK_R
+    # asynchronous matrix units read a stage from shared memory while the next ones arrive; the
+    # older ones first copy it to registers, which frees a buffer
+    buffers = max(tile.num_stages - (arch.capability not in (90, 100)), 1)
+    if kernel == "main":
+        return max(buffers * (m * k + k * n) * size, (m * r + r * n) * size, m * n * size)
+    if kernel == "seed":
+        return max((m * r + r * n) * size, m * n * size)
+    if kernel == "shrink":  # x is masked in registers and goes back, at worst, to be multiplied
+        return (buffers * (m * k + k * r) + m * k) * size
+    if kernel == "bwd_dy":  # B stays; dY and t are streamed; H is stored in another layout
+        return (buffers * (m * n + m * r) + n * r) * size + m * r * 4
+    if kernel == "bwd_da":  # on sm_90 a block of 16 rows was seen to take what one of 32 does
+        return (buffers * (k + r) + k) * max(m, 32) * size
+    if kernel == "sum":
+        return m * n * 4
+    raise ValueError(f"unknown kernel {kernel!r}; the kernels are {', '.join(KERNELS)}")
+
+
+# ------------------------------------------------------------------------------------------ choice
+
+
+def cdiv(a: int, b: int) -> int:
+    """ceil(a / b) for integers."""
+    return -(-a // b)
+
+
+def bucket(m: int) -> int:
+    """M rounded up to a power of two (at least 1)."""
+    return 1 << max(m - 1, 0).bit_length()
+
+
+def choose(
+    kernel: str,
+    dtype: torch.dtype,
+    M: int,
+    N: int,
+    K: int,
+    r: int,
+    arch: Arch,
+    regular: bool = True,
+) -> Tile:
+    """The tile for one kernel. For "main" and "seed" N is the output's width, K the reduction.
+
+    ``regular``: every operand can be read 16 bytes at a time, that is, one stride is 1, the other
+    and the sizes are multiples of 16, the address is one of 16 bytes (the unit in which Triton
+    specialises). The rank's own stride may be anything up to rank 16.
+    """
+    return _choose(kernel, dtype.itemsize == 2, bucket(M), N, r, arch, regular)
+
+
+@lru_cache(maxsize=4096)
+def _choose(kernel: str, half: bool, M: int, N: int, r: int, arch: Arch, regular: bool) -> Tile:
+    slots = _slots(kernel, half, arch.capability)
+    size = "irregular" if not regular else "small" if M <= 16 else "any"
+    if kernel == "main" and size == "any":
+        # the largest tile that still gives nearly every multiprocessor a program
+        def fills(columns: int) -> bool:
+            return M >= 128 and cdiv(M, 128) * cdiv(N, columns) * 10 >= arch.sm_count * 9
+
+        size = "big" if fills(256) else "mid" if fills(128) else "low"
+    for name in (size, "any"):
+        ranks = [rank for (slot, rank) in slots if slot == name and r <= rank]
+        if ranks:
+            return slots[name, min(ranks)]
+    raise AssertionError(f"no tile for {kernel} at M={M}, N={N}, r={r} on {arch}")
+
+
+def shrink_splits(tile: Tile, M: int, K: int, r: int, arch: Arch) -> tuple[int, int]:
+    """(splits, BLOCK_K steps a split) of x Aᵀ: K is cut where row tiles leave half the card idle.
+
+    Whole steps, so that the eight columns of a Philox call are never parted.
+    """
+    steps = max(cdiv(K, tile.BLOCK_K), 1)
+    programs = cdiv(M, tile.BLOCK_M) * cdiv(r, tile.BLOCK_R)
+    splits = 1
+    if 2 * programs <= arch.sm_count:
+        # a split of one step would spend its time on filling the pipeline
+        splits = max(1, min(arch.sm_count // programs, steps // 2))
+    per_split = cdiv(steps, splits)
+    return cdiv(steps, per_split), per_split
+
+
+def row_chunks(block_m: int, M: int, tiles: int, arch: Arch) -> tuple[int, int]:
+    """(chunks, rows a chunk) of a reduction over M that ``tiles`` programs share per chunk.
+
+    Two programs a multiprocessor hide memory's latency; more only write more partial sums.
+    """
+    steps = cdiv(M, block_m)
+    wanted = cdiv(2 * arch.sm_count, tiles)
+    per_chunk = cdiv(steps, max(1, min(wanted, steps // 2)))
+    return cdiv(steps, per_chunk), per_chunk * block_m
+
+
+# --------------------------------------------------------------------------------------- algorithm
+
+
+def algorithm(part: str, dtype: torch.dtype, M: int, N: int, K: int, r: int, arch: Arch) -> str:
+    """ "fused" (one Triton GEMM seeded with the rank-r product) or "accumulate" (cuBLAS onto it).
+
+    part: "forward" (y [M, N]) or "dx" (dx [M, K]).
+    """
+    return _algorithm(part, dtype, bucket(M), N, K, r, arch)
+
+
+@lru_cache(maxsize=4096)
+def _algorithm(part: str, dtype: torch.dtype, M: int, N: int, K: int, r: int, arch: Arch) -> str:
+    if part not in PARTS:
+        raise ValueError(f"unknown part {part!r}; the parts are {', '.join(PARTS)}")
+    measured = _measured(load_table(arch.device, TABLES), part, dtype, (M, N, K, r))
+    return measured or _prior(dtype, M, N, K, arch)
+
+
+def _prior(dtype: torch.dtype, M: int, N: int, K: int, arch: Arch) -> str:
+    """Unmeasured. What speaks for it: see the README of this operation."""
+    if arch.capability == INTERPRETER_CAPABILITY:
+        return "fused"
+    if dtype.itemsize != 2:
+        return "accumulate"  # Triton's fp32 dot has no tensor cores and trails cuBLAS
+    if arch.capability in (90, 100):
+        # cuBLAS leads there by more than the saved pass is worth, except where launches dominate:
+        # 2**32 multiply-adds take about 15 us on these cards
+        return "fused" if M * N * K <= 2**32 else "accumulate"
+    return "fused"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One measured decision of a table."""
+
+    part: str
+    dtype: str
+    M: int
+    N: int
+    K: int
+    r: int
+    algorithm: str
+
+
+def device_file(device: str) -> str:
+    """The file name of a device's table: "NVIDIA H200" -> "nvidia-h200.json"."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
+
+
+@lru_cache(maxsize=64)
+def load_table(device: str, folder: Path) -> tuple[Entry, ...]:
+    """The measured entries for ``device``, () where there are none; ValueError if malformed."""
+    if not device:
+        return ()
+    path = folder / device_file(device)
+    if not path.is_file():
+        return ()
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not JSON: {error}") from error
+    if not isinstance(data, dict) or data.get("format") != TABLE_FORMAT:
+        raise ValueError(f"{path.name}: 'format' must be {TABLE_FORMAT!r}")
+    if data.get("device") != device:
+        raise ValueError(
+            f"{path.name} was measured on {data.get('device')!r}, this device is {device!r}"
+        )
+    entries = data.get("entries")
+    if not isinstance(entries, list):
+        raise ValueError(f"{path.name}: 'entries' must be a list")
+    return tuple(_entry(path.name, index, item) for index, item in enumerate(entries))
+
+
+def _entry(name: str, index: int, item: Any) -> Entry:
+    where = f"{name}: entries[{index}]"
+    fields = tuple(Entry.__dataclass_fields__)
+    if not isinstance(item, dict) or set(item) != set(fields):
+        raise ValueError(f"{where} must be an object with exactly the keys {', '.join(fields)}")
+    allowed = {
+        "part": PARTS,
+        "dtype": ("float32", "float16", "bfloat16"),
+        "algorithm": ALGORITHMS,
+    }
+    for key, values in allowed.items():
+        if item[key] not in values:
+            raise ValueError(f"{where}: {key!r} is {item[key]!r}, not one of {', '.join(values)}")
+    for key in ("M", "N", "K", "r"):
+        value = item[key]
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{where}: {key!r} must be a positive integer, not {value!r}")
+    return Entry(**item)
+
+
+def _measured(
+    entries: tuple[Entry, ...], part: str, dtype: torch.dtype, sizes: tuple[int, ...]
+) -> str | None:
+    name = str(dtype).removeprefix("torch.")
+    best: tuple[float, str] | None = None
+    for entry in entries:
+        if entry.part != part or entry.dtype != name:
+            continue
+        own = (entry.M, entry.N, entry.K, entry.r)
+        steps = [abs(log2(max(a, 1) / b)) for a, b in zip(sizes, own, strict=True)]
+        if max(steps) <= 1.0 and (best is None or sum(steps) < best[0]):
+            best = (sum(steps), entry.algorithm)
+    return best[1] if best else None

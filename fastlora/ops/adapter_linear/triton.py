@@ -1,0 +1,642 @@
+"""The Triton backend of ``adapter_linear``: kernels for the skinny products, and their launchers.
+
+Five kernels: ``shrink`` (t = drop(x) Aᵀ), ``main`` (a GEMM whose accumulator starts as a rank-r
+product; forward y and dx), ``bwd_dy`` (one read of dY gives H and dB), ``bwd_da``, and ``sum``,
+which adds partial results in a fixed order. Derivation and traffic: this folder's README.
+x [M, K], W [N, K], A [r, K], B [N, r], y and dY [M, N], t and H [M, r], all of one compute dtype
+(fp32, fp16 or bf16) with any strides; products accumulate in fp32.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlora.ops import dropout
+from fastlora.ops.adapter_linear import tiles
+from fastlora.ops.adapter_linear.contract import Needs
+from fastlora.ops.triton_dropout import philox_keep_tile
+
+# --------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit(do_not_specialize=["M", "scale", "threshold", "STEPS"])
+def adapter_linear_fwd_shrink_kernel(
+    x_ptr,
+    a_ptr,
+    t_ptr,
+    seed_ptr,
+    stride_xm,
+    stride_xk,
+    stride_ar,
+    stride_ak,
+    M,
+    K,
+    R,
+    STEPS,
+    scale,
+    threshold,
+    DROPOUT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    # t[split, m, r] = scale * sum over the split's k of drop(x)[m, k] A[r, k]; t [splits, M, R]
+    tiles_r = tl.cdiv(R, BLOCK_R)
+    # rank tiles are neighbours, so that they find x in the cache
+    pid_m = (tl.program_id(0) // tiles_r).to(tl.int64)
+    pid_r = tl.program_id(0) % tiles_r
+    split = tl.program_id(1)
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
+    ranks = (pid_r * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)  # [BR]
+    row_mask = rows < M
+    rank_mask = ranks < R
+    # a multiple of BLOCK_K that the compiler can see: else it loads element by element
+    first = split * STEPS * BLOCK_K
+    last = tl.minimum(K, first + STEPS * BLOCK_K)
+    ks = tl.arange(0, BLOCK_K).to(tl.int64)  # [BK]
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + (first + ks)[None, :] * stride_xk
+    a_ptrs = a_ptr + ranks[None, :] * stride_ar + (first + ks)[:, None] * stride_ak
+    x_step = tl.full((), BLOCK_K, tl.int64) * stride_xk
+    a_step = tl.full((), BLOCK_K, tl.int64) * stride_ak
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for k0 in range(first, last, BLOCK_K):
+        k_mask = ks < K - k0
+        x = tl.load(x_ptrs, mask=row_mask[:, None] & k_mask[None, :], other=0.0)  # [BM, BK]
+        a = tl.load(a_ptrs, mask=k_mask[:, None] & rank_mask[None, :], other=0.0)  # [BK, BR]
+        if DROPOUT:
+            keep = philox_keep_tile(seed, rows, k0, K, threshold, BLOCK_K)
+            x = tl.where(keep, x, 0.0)
+        acc = tl.dot(x, a, acc, input_precision=INPUT_PRECISION)
+        x_ptrs += x_step
+        a_ptrs += a_step
+    t_ptrs = t_ptr + (split.to(tl.int64) * M + rows[:, None]) * R + ranks[None, :]
+    value = (acc * scale).to(t_ptr.dtype.element_ty)
+    tl.store(t_ptrs, value, mask=row_mask[:, None] & rank_mask[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def adapter_linear_main_kernel(
+    x_ptr,
+    w_ptr,
+    t_ptr,
+    b_ptr,
+    bias_ptr,
+    seed_ptr,
+    out_ptr,
+    stride_xm,
+    stride_xk,
+    stride_wk,
+    stride_wn,
+    stride_tm,
+    stride_tr,
+    stride_br,
+    stride_bn,
+    stride_bias,
+    stride_om,
+    stride_on,
+    M,
+    N,
+    K,
+    R,
+    threshold,
+    HAS_PRODUCT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    # out[m, n] = keep[m, n] * sum_r t[m, r] b[r, n] + sum_k x[m, k] w[k, n] + bias[n]
+    # forward: x, Wᵀ, t, Bᵀ -> y [M, N]; backward: dY, W, H, A -> dx, whose width K is this N
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    # GROUP_M row tiles walk along n together, so that their x and w tiles stay in the L2 cache
+    group = pid // (GROUP_M * tiles_n)
+    group_rows = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    within = pid % (GROUP_M * tiles_n)
+    pid_m = (group * GROUP_M + within % group_rows).to(tl.int64)
+    pid_n = (within // group_rows).to(tl.int64)
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
+    columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
+    row_mask = rows < M
+    column_mask = columns < N
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
+        ranks = (r0 + tl.arange(0, BLOCK_R)).to(tl.int64)  # [BR]
+        rank_mask = ranks < R
+        t_ptrs = t_ptr + rows[:, None] * stride_tm + ranks[None, :] * stride_tr
+        b_ptrs = b_ptr + ranks[:, None] * stride_br + columns[None, :] * stride_bn
+        t = tl.load(t_ptrs, mask=row_mask[:, None] & rank_mask[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=rank_mask[:, None] & column_mask[None, :], other=0.0)
+        acc = tl.dot(t, b, acc, input_precision=INPUT_PRECISION)
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+        keep = philox_keep_tile(seed, rows, pid_n * BLOCK_N, N, threshold, BLOCK_N)
+        acc = tl.where(keep, acc, 0.0)
+
+    if HAS_PRODUCT:
+        ks = tl.arange(0, BLOCK_K).to(tl.int64)  # [BK]
+        x_ptrs = x_ptr + rows[:, None] * stride_xm + ks[None, :] * stride_xk
+        w_ptrs = w_ptr + ks[:, None] * stride_wk + columns[None, :] * stride_wn
+        x_step = tl.full((), BLOCK_K, tl.int64) * stride_xk
+        w_step = tl.full((), BLOCK_K, tl.int64) * stride_wk
+        for k0 in range(0, K, BLOCK_K):
+            if EVEN_K:
+                x = tl.load(x_ptrs, mask=row_mask[:, None], other=0.0)  # [BM, BK]
+                w = tl.load(w_ptrs, mask=column_mask[None, :], other=0.0)  # [BK, BN]
+            else:
+                k_mask = ks < K - k0
+                x = tl.load(x_ptrs, mask=row_mask[:, None] & k_mask[None, :], other=0.0)
+                w = tl.load(w_ptrs, mask=k_mask[:, None] & column_mask[None, :], other=0.0)
+            acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
+            x_ptrs += x_step
+            w_ptrs += w_step
+
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + columns * stride_bias, mask=column_mask, other=0.0)
+        acc += bias[None, :].to(tl.float32)
+    out_ptrs = out_ptr + rows[:, None] * stride_om + columns[None, :] * stride_on
+    out = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptrs, out, mask=row_mask[:, None] & column_mask[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "ROWS_PER_CHUNK", "scale"])
+def adapter_linear_bwd_dy_kernel(
+    dy_ptr,
+    b_ptr,
+    t_ptr,
+    h_ptr,
+    db_ptr,
+    stride_dym,
+    stride_dyn,
+    stride_bn,
+    stride_br,
+    stride_tm,
+    stride_tr,
+    M,
+    N,
+    R,
+    ROWS_PER_CHUNK,
+    scale,
+    NEED_H: tl.constexpr,
+    NEED_DB: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    # h[n-tile, m, r] = scale * sum over the tile's n of dY[m, n] B[n, r]; h [n-tiles, M, R]
+    # db[chunk, n, r] = sum over the chunk's m of dY[m, n] t[m, r]; db [chunks, N, R]
+    tiles_r = tl.cdiv(R, BLOCK_R)
+    # rank tiles are neighbours, so that they find dY in the cache
+    pid_n = (tl.program_id(0) // tiles_r).to(tl.int64)
+    pid_r = tl.program_id(0) % tiles_r
+    chunk = tl.program_id(1)
+    columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
+    ranks = (pid_r * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)  # [BR]
+    column_mask = columns < N
+    rank_mask = ranks < R
+    if NEED_H:
+        b_ptrs = b_ptr + columns[:, None] * stride_bn + ranks[None, :] * stride_br
+        b = tl.load(b_ptrs, mask=column_mask[:, None] & rank_mask[None, :], other=0.0)  # [BN, BR]
+    first = chunk * ROWS_PER_CHUNK
+    last = tl.minimum(M, first + ROWS_PER_CHUNK)
+    db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    for m0 in range(first, last, BLOCK_M):
+        rows = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)  # [BM]
+        row_mask = rows < last
+        dy_ptrs = dy_ptr + rows[:, None] * stride_dym + columns[None, :] * stride_dyn
+        dy = tl.load(dy_ptrs, mask=row_mask[:, None] & column_mask[None, :], other=0.0)  # [BM, BN]
+        if NEED_H:
+            h = tl.dot(dy, b, input_precision=INPUT_PRECISION) * scale  # [BM, BR]
+            h_ptrs = h_ptr + (pid_n * M + rows[:, None]) * R + ranks[None, :]
+            h_mask = row_mask[:, None] & rank_mask[None, :]
+            tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=h_mask)
+        if NEED_DB:
+            t_ptrs = t_ptr + rows[:, None] * stride_tm + ranks[None, :] * stride_tr
+            t = tl.load(t_ptrs, mask=row_mask[:, None] & rank_mask[None, :], other=0.0)  # [BM, BR]
+            db = tl.dot(tl.trans(dy), t, db, input_precision=INPUT_PRECISION)
+    if NEED_DB:
+        db_ptrs = db_ptr + (chunk.to(tl.int64) * N + columns[:, None]) * R + ranks[None, :]
+        tl.store(db_ptrs, db, mask=column_mask[:, None] & rank_mask[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "ROWS_PER_CHUNK", "threshold"])
+def adapter_linear_bwd_da_kernel(
+    h_ptr,
+    x_ptr,
+    da_ptr,
+    seed_ptr,
+    stride_hm,
+    stride_hr,
+    stride_xm,
+    stride_xk,
+    M,
+    K,
+    R,
+    ROWS_PER_CHUNK,
+    threshold,
+    DROPOUT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    # da[chunk, r, k] = sum over the chunk's m of H[m, r] keep[m, k] x[m, k]; da [chunks, R, K]
+    tiles_r = tl.cdiv(R, BLOCK_R)
+    # rank tiles are neighbours, so that they find x in the cache
+    pid_k = (tl.program_id(0) // tiles_r).to(tl.int64)
+    pid_r = tl.program_id(0) % tiles_r
+    chunk = tl.program_id(1)
+    ks = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)  # [BK]
+    ranks = (pid_r * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)  # [BR]
+    k_mask = ks < K
+    rank_mask = ranks < R
+    first = chunk * ROWS_PER_CHUNK
+    last = tl.minimum(M, first + ROWS_PER_CHUNK)
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    for m0 in range(first, last, BLOCK_M):
+        rows = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)  # [BM]
+        row_mask = rows < last
+        h_ptrs = h_ptr + rows[None, :] * stride_hm + ranks[:, None] * stride_hr
+        x_ptrs = x_ptr + rows[:, None] * stride_xm + ks[None, :] * stride_xk
+        h = tl.load(h_ptrs, mask=rank_mask[:, None] & row_mask[None, :], other=0.0)  # [BR, BM]
+        x = tl.load(x_ptrs, mask=row_mask[:, None] & k_mask[None, :], other=0.0)  # [BM, BK]
+        if DROPOUT:
+            keep = philox_keep_tile(seed, rows, pid_k * BLOCK_K, K, threshold, BLOCK_K)
+            x = tl.where(keep, x, 0.0)
+        acc = tl.dot(h, x, acc, input_precision=INPUT_PRECISION)
+    da_ptrs = da_ptr + (chunk.to(tl.int64) * R + ranks[:, None]) * K + ks[None, :]
+    tl.store(da_ptrs, acc, mask=rank_mask[:, None] & k_mask[None, :])
+
+
+@triton.jit(do_not_specialize=["PARTS"])
+def adapter_linear_sum_kernel(
+    parts_ptr,
+    out_ptr,
+    PARTS,
+    COUNT,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # out[i] = sum over p of parts[p, i]; parts [PARTS, COUNT] fp32, added in an order that is fixed
+    items = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
+    mask = items < COUNT
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for p0 in range(0, PARTS, BLOCK_M):
+        parts = (p0 + tl.arange(0, BLOCK_M)).to(tl.int64)  # [BM]
+        ptrs = parts_ptr + parts[:, None] * COUNT + items[None, :]
+        acc += tl.load(ptrs, mask=(parts < PARTS)[:, None] & mask[None, :], other=0.0)
+    tl.store(out_ptr + items, tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# ------------------------------------------------------------------------------------- launchers
+
+
+def draw_seed(device: torch.device | str) -> Tensor:
+    """The seed [] int64 of one call's dropout, on ``device``: kernels read it there by pointer."""
+    return dropout.draw_seed(device)
+
+
+@cache
+def _arch(device: torch.device) -> tiles.Arch:
+    if device.type == "cpu":
+        return tiles.INTERPRETER
+    facts = torch.cuda.get_device_properties(device)
+    return tiles.arch_of(10 * facts.major + facts.minor, facts.multi_processor_count, facts.name)
+
+
+def _input_precision(dtype: torch.dtype) -> str:
+    """How a dot treats its operands: for fp32, TF32 only where torch's matmul may use it too."""
+    if dtype != torch.float32:
+        return "ieee"
+    # reading the older allow_tf32 raises once a program has set the newer fp32_precision
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if precision is None:
+        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if precision == "tf32" else "ieee"
+
+
+def _options(tile: tiles.Tile, *names: str) -> dict[str, int]:
+    """The keyword arguments with which a kernel is launched in ``tile``."""
+    blocks = {name: getattr(tile, name) for name in names}
+    return {**blocks, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+
+def _regular(
+    r: int, sizes: tuple[int, ...], rows: tuple[Tensor, ...], others: tuple[Tensor, ...]
+) -> bool:
+    """Whether ``tiles.choose`` may count on 16-byte reads.
+
+    sizes: the widths N, K the kernel masks; rows: its operands of M rows, which must be contiguous
+    along the other dimension (M is never specialised); others: may be contiguous along either.
+    Callers leave out what has the rank as a stride while r <= 16: so little does no harm.
+    """
+    if (r > 16 and r % 16) or any(size % 16 for size in sizes):
+        return False
+    for matrix in rows:
+        down, along = matrix.stride()
+        if along != 1 or down % 16 or matrix.data_ptr() % 16:
+            return False
+    for matrix in others:
+        down, along = matrix.stride()
+        if not ((along == 1 and down % 16 == 0) or (down == 1 and along % 16 == 0)):
+            return False
+        if matrix.data_ptr() % 16:
+            return False
+    return True
+
+
+def _threshold(dropout_p: float, seed: Tensor | None) -> int:
+    """The 16-bit level below which an element drops; 0 where nothing can."""
+    level = dropout.threshold(dropout_p) if dropout_p > 0.0 else 0
+    if level and seed is None:
+        raise ValueError(f"dropout_p = {dropout_p} needs a seed: take one from draw_seed(device)")
+    return level
+
+
+def _scale(scaling: float, level: int) -> float:
+    return float(scaling) * dropout.LEVELS / (dropout.LEVELS - level)
+
+
+def _sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """parts [P, ...] fp32 contiguous -> [...] ``dtype``, added in a fixed order."""
+    if parts.shape[0] == 1 and parts.dtype == dtype:
+        return parts[0]
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+    count = out.numel()
+    tile = tiles.choose("sum", torch.float32, 1, 1, 1, 1, _arch(parts.device))
+    adapter_linear_sum_kernel[(tiles.cdiv(count, tile.BLOCK_N),)](
+        parts, out, parts.shape[0], count, **_options(tile, "BLOCK_M", "BLOCK_N")
+    )
+    return out
+
+
+def _shrink(x: Tensor, lora_A: Tensor, scaling: float, level: int, seed: Tensor | None) -> Tensor:
+    """t [M, r] = s * keep_scale * drop(x) Aᵀ in x's dtype. x [M, K], lora_A [r, K]."""
+    (M, K), r = x.shape, lora_A.shape[0]
+    arch = _arch(x.device)
+    regular = _regular(r, (K,), (x,), (lora_A,))
+    tile = tiles.choose("shrink", x.dtype, M, 0, K, r, arch, regular)
+    splits, steps = tiles.shrink_splits(tile, M, K, r, arch)
+    dtype = x.dtype if splits == 1 else torch.float32
+    parts = torch.empty((splits, M, r), dtype=dtype, device=x.device)
+    grid = (tiles.cdiv(M, tile.BLOCK_M) * tiles.cdiv(r, tile.BLOCK_R), splits)
+    adapter_linear_fwd_shrink_kernel[grid](
+        x,
+        lora_A,
+        parts,
+        seed if level else None,
+        *x.stride(),
+        *lora_A.stride(),
+        M,
+        K,
+        r,
+        steps,
+        _scale(scaling, level),
+        level,
+        DROPOUT=level > 0,
+        INPUT_PRECISION=_input_precision(x.dtype),
+        **_options(tile, "BLOCK_M", "BLOCK_K", "BLOCK_R"),
+    )
+    return _sum(parts, x.dtype)
+
+
+def _main(
+    x: Tensor | None,
+    w: Tensor | None,
+    t: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    level: int,
+    seed: Tensor | None,
+) -> Tensor:
+    """out [M, N] = keep ∘ (t b) + x w + bias; x [M, K] and w [K, N] both None leave the seed alone.
+
+    t [M, r], b [r, N], bias [N]; the mask (level > 0) is that of a matrix of out's shape.
+    """
+    (M, r), N = t.shape, b.shape[1]
+    K = 0 if x is None else x.shape[1]
+    arch = _arch(t.device)
+    rows = (t,) if r > 16 else ()
+    others = (b,) if r > 16 else ()
+    if x is not None and w is not None:
+        rows, others = (*rows, x), (*others, w)
+    regular = _regular(r, (N, K), rows, others)
+    tile = tiles.choose("seed" if x is None else "main", t.dtype, M, N, K, r, arch, regular)
+    out = torch.empty((M, N), dtype=t.dtype, device=t.device)
+    adapter_linear_main_kernel[(tiles.cdiv(M, tile.BLOCK_M) * tiles.cdiv(N, tile.BLOCK_N),)](
+        x,
+        w,
+        t,
+        b,
+        bias,
+        seed if level else None,
+        out,
+        *((0, 0) if x is None else x.stride()),
+        *((0, 0) if w is None else w.stride()),
+        *t.stride(),
+        *b.stride(),
+        0 if bias is None else bias.stride(0),
+        *out.stride(),
+        M,
+        N,
+        K,
+        r,
+        level,
+        HAS_PRODUCT=x is not None,
+        HAS_BIAS=bias is not None,
+        DROPOUT=level > 0,
+        EVEN_K=K % tile.BLOCK_K == 0,
+        INPUT_PRECISION=_input_precision(t.dtype),
+        GROUP_M=tile.GROUP_M,
+        **_options(tile, "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_R"),
+    )
+    return out
+
+
+def _bwd_dy(
+    dy: Tensor, lora_B: Tensor | None, t: Tensor | None, scale: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """H [M, r] = scale * dY B in dY's dtype if B is given, dB [N, r] fp32 = dYᵀ t if t is."""
+    M, N = dy.shape
+    need_h = lora_B is not None
+    given = [matrix for matrix in (lora_B, t) if matrix is not None]
+    r = given[0].shape[1]
+    if 0 in (M, N):  # nothing to launch
+        h = dy.new_zeros((M, r)) if need_h else None
+        return h, None if t is None else dy.new_zeros((N, r), dtype=torch.float32)
+    arch = _arch(dy.device)
+    rows = (dy,) if r <= 16 or t is None else (dy, t)
+    others = (lora_B,) if r > 16 and lora_B is not None else ()
+    regular = _regular(r, (N,), rows, others)
+    tile = tiles.choose("bwd_dy", dy.dtype, M, N, 0, r, arch, regular)
+    tiles_n = tiles.cdiv(N, tile.BLOCK_N)
+    programs = tiles_n * tiles.cdiv(r, tile.BLOCK_R)
+    chunks, per_chunk = tiles.row_chunks(tile.BLOCK_M, M, programs, arch)
+    h_parts = db_parts = None
+    if need_h:
+        dtype = dy.dtype if tiles_n == 1 else torch.float32
+        h_parts = torch.empty((tiles_n, M, r), dtype=dtype, device=dy.device)
+    if t is not None:
+        db_parts = torch.empty((chunks, N, r), dtype=torch.float32, device=dy.device)
+    adapter_linear_bwd_dy_kernel[(programs, chunks)](
+        dy,
+        lora_B,
+        t,
+        h_parts,
+        db_parts,
+        *dy.stride(),
+        *((0, 0) if lora_B is None else lora_B.stride()),
+        *((0, 0) if t is None else t.stride()),
+        M,
+        N,
+        r,
+        per_chunk,
+        scale,
+        NEED_H=need_h,
+        NEED_DB=t is not None,
+        INPUT_PRECISION=_input_precision(dy.dtype),
+        **_options(tile, "BLOCK_M", "BLOCK_N", "BLOCK_R"),
+    )
+    h = None if h_parts is None else _sum(h_parts, dy.dtype)
+    db = None if db_parts is None else _sum(db_parts, torch.float32)
+    return h, db
+
+
+def _bwd_da(h: Tensor, x: Tensor, level: int, seed: Tensor | None) -> Tensor:
+    """dA [r, K] fp32 = Hᵀ (keep ∘ x). h [M, r], x [M, K]."""
+    (M, K), r = x.shape, h.shape[1]
+    if 0 in (M, K):  # nothing to launch
+        return h.new_zeros((r, K), dtype=torch.float32)
+    arch = _arch(x.device)
+    regular = _regular(r, (K,), (x, h) if r > 16 else (x,), ())
+    tile = tiles.choose("bwd_da", x.dtype, M, 0, K, r, arch, regular)
+    programs = tiles.cdiv(K, tile.BLOCK_K) * tiles.cdiv(r, tile.BLOCK_R)
+    chunks, per_chunk = tiles.row_chunks(tile.BLOCK_M, M, programs, arch)
+    parts = torch.empty((chunks, r, K), dtype=torch.float32, device=x.device)
+    adapter_linear_bwd_da_kernel[(programs, chunks)](
+        h,
+        x,
+        parts,
+        seed if level else None,
+        *h.stride(),
+        *x.stride(),
+        M,
+        K,
+        r,
+        per_chunk,
+        level,
+        DROPOUT=level > 0,
+        INPUT_PRECISION=_input_precision(x.dtype),
+        **_options(tile, "BLOCK_M", "BLOCK_K", "BLOCK_R"),
+    )
+    return _sum(parts, torch.float32)
+
+
+def _on_device(x: Tensor) -> Any:
+    """Makes x's device the current one, where Triton launches."""
+    # an index below zero leaves the current device alone, which is all that a CPU tensor asks for
+    return torch.cuda.device(x.get_device() if x.is_cuda else -1)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    *,
+    need_t: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """y [M, N] = x Wᵀ + bias + t Bᵀ with t [M, r] = s * keep_scale * drop(x) Aᵀ, both x's dtype.
+
+    x [M, K], weight [N, K], lora_A [r, K], lora_B [N, r], bias [N]; ``seed`` from ``draw_seed`` if
+    dropout_p > 0. Returns (y, t), with None for t unless ``need_t``.
+    """
+    (M, K), (N, r) = x.shape, lora_B.shape
+    if 0 in (M, N, K):  # nothing to launch, or nothing to sum over
+        base = weight.t()
+        y = torch.mm(x, base) if bias is None else torch.addmm(bias, x, base)
+        return y, (x.new_zeros((M, r)) if need_t else None)
+    level = _threshold(dropout_p, seed)
+    with _on_device(x):
+        t = _shrink(x, lora_A, scaling, level, seed)
+        if tiles.algorithm("forward", x.dtype, M, N, K, r, _arch(x.device)) == "fused":
+            y = _main(x, weight.t(), t, lora_B.t(), bias, 0, None)
+        else:
+            up = lora_B.t()
+            y = torch.mm(t, up) if bias is None else torch.addmm(bias, t, up)
+            y.addmm_(x, weight.t())
+    return y, (t if need_t else None)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    t: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dweight, dA, dB, dbias), None for what ``needs`` leaves out.
+
+    dy [M, N]. Operands that no gradient asked for needs may be None: x [M, K] serves dweight and
+    dA; weight and lora_A serve dx; lora_B dx and dA; t [M, r] of ``forward`` dB. dx and dweight
+    come in dy's dtype; dA, dB and dbias in fp32.
+    """
+    M, N = dy.shape
+    if 0 in dy.stride():  # an expanded scalar, as from y.sum(): cheaper to write than to read so
+        dy = dy.contiguous()
+    dx = dweight = da = db = h = None
+    if needs.weight:
+        assert x is not None
+        dweight = torch.mm(dy.t(), x)
+    dbias = dy.sum(0, dtype=torch.float32) if needs.bias else None
+    level = _threshold(dropout_p, seed)
+    with _on_device(dy):
+        if needs.x or needs.lora_A:
+            assert lora_B is not None
+            own_t = t if needs.lora_B else None
+            h, db = _bwd_dy(dy, lora_B, own_t, _scale(scaling, level))
+        elif needs.lora_B:
+            assert t is not None
+            _, db = _bwd_dy(dy, None, t, 1.0)
+        if needs.lora_A:
+            assert x is not None and h is not None
+            da = _bwd_da(h, x, level, seed)
+        if needs.x:
+            assert weight is not None and lora_A is not None and h is not None
+            r, K = lora_A.shape
+            if 0 in (M, N, K):
+                dx = torch.mm(dy, weight)
+            elif tiles.algorithm("dx", dy.dtype, M, N, K, r, _arch(dy.device)) == "fused":
+                dx = _main(dy, weight, h, lora_A, None, level, seed)
+            else:
+                dx = _main(None, None, h, lora_A, None, level, seed) if level else h @ lora_A
+                dx.addmm_(dy, weight)
+    return dx, dweight, da, db, dbias
