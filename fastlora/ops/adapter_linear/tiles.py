@@ -214,7 +214,7 @@ _FP32 = {
     },
     "bwd_da": {
         ("any", 16): Tile(BLOCK_M=32, BLOCK_K=64, BLOCK_R=16),
-        ("any", _ANY): Tile(BLOCK_M=32, BLOCK_K=64, BLOCK_R=32),
+        ("any", _ANY): Tile(BLOCK_M=32, BLOCK_K=64, BLOCK_R=32, num_warps=8),
         ("irregular", _ANY): Tile(BLOCK_M=32, BLOCK_K=32, BLOCK_R=16),
     },
     "sum": _SUM,
