@@ -1,0 +1,94 @@
+"""The CPU's matrix products, MKL against oneDNN: the figures behind ops/adapter_linear/onednn.py.
+
+    python -m bench.cpu_products [--tokens 8,256] [--rank 16] [--repeats 100]
+
+Times the base product x Wᵀ and the narrow products of a rank-r adapter (shrink x Aᵀ, reduce
+Hᵀ x), and dropout's draws, for the shapes of SmolLM2-135M and one larger.
+Each row interleaves its contestants and prints medians in microseconds; oneDNN's result is first
+checked against float64, and a row whose check fails prints no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastlora.ops.backend import cpu_vendor
+from fastlora.ops.dropout import drop, stream_noise
+
+SHAPES = ((576, 576), (576, 192), (576, 1536), (1536, 576), (2048, 2048))  # K, N
+
+
+def onednn(a: Tensor, b: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+def mkl(a: Tensor, b: Tensor) -> Tensor:
+    return torch.nn.functional.linear(a, b)
+
+
+def medians(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each call, the calls taking turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 5):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            if turn >= 5:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def is_right(a: Tensor, b: Tensor) -> bool:
+    exact = a.double() @ b.double().t()
+    return bool((onednn(a, b).double() - exact).abs().max() <= 1e-5 * exact.abs().max())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", default="8,256", help="M, comma-separated")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=100)
+    arguments = parser.parse_args()
+    print(
+        f"{cpu_vendor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, "
+        f"rank {arguments.rank}, medians of {arguments.repeats}, microseconds: MKL / oneDNN"
+    )
+    print(f"{'M':>5} {'K':>5} {'N':>5}  {'x Wᵀ':>13} {'x Aᵀ':>11} {'Hᵀ x':>11}")
+    torch.manual_seed(0)
+    for m in map(int, arguments.tokens.split(",")):
+        for k, n in SHAPES:
+            x, weight = torch.randn(m, k), torch.randn(n, k)
+            lora_A = torch.randn(arguments.rank, k)
+            t = x @ lora_A.t()
+            pairs = {"base": (x, weight), "shrink": (x, lora_A), "reduce": (t.t(), x.t())}
+            cells = []
+            for width, (a, b) in zip((13, 11, 11), pairs.values(), strict=True):
+                if not is_right(a, b):
+                    cells.append("WRONG".rjust(width))
+                    continue
+                calls = {"mkl": lambda a=a, b=b: mkl(a, b), "onednn": lambda a=a, b=b: onednn(a, b)}
+                times = medians(calls, arguments.repeats)
+                cells.append(f"{times['mkl'] * 1e6:.0f} / {times['onednn'] * 1e6:.0f}".rjust(width))
+            print(f"{m:>5} {k:>5} {n:>5}  {' '.join(cells)}")
+    print("dropout of [256, K]: F.dropout / ours")
+    seed = torch.tensor(1)
+    for k in (576, 1536):
+        x = torch.randn(256, k)
+        times = medians(
+            {
+                "torch": lambda x=x: torch.nn.functional.dropout(x, 0.1),
+                "ours": lambda x=x, k=k: drop(x, stream_noise((256, k), seed, x.device), 0.1),
+            },
+            arguments.repeats,
+        )
+        print(f"{256:>5} {k:>5}  {times['torch'] * 1e6:.0f} / {times['ours'] * 1e6:.0f}")
+
+
+if __name__ == "__main__":
+    main()
