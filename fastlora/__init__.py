@@ -19,7 +19,8 @@ from fastlora.ops import adapter_linear, explain
 from fastlora.ops.backend import BackendError, FallbackWarning, use_backend
 
 if TYPE_CHECKING:
-    from fastlora.integrations.peft import accelerate, restore
+    from fastlora.integrations.peft import accelerate as accelerate
+    from fastlora.integrations.peft import restore as restore
 
 __all__ = [
     "BackendError",
@@ -27,7 +28,6 @@ __all__ = [
     "LoRAConfig",
     "Report",
     "__version__",
-    "accelerate",
     "adapter_linear",
     "adapters",
     "disabled",
@@ -37,7 +37,6 @@ __all__ = [
     "merge",
     "nn",
     "ops",
-    "restore",
     "save_adapter",
     "unload",
     "unmerge",

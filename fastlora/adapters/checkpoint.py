@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -20,8 +21,15 @@ from torch import Tensor, nn
 from fastlora.adapters.config import LoRAConfig
 from fastlora.adapters.inject import inject
 from fastlora.adapters.report import Report, Row
-from fastlora.adapters.targets import find_targets
-from fastlora.adapters.view import PEFT_PREFIX, AdapterLayer, is_peft_layer, layers
+from fastlora.adapters.targets import find_targets, names_module
+from fastlora.adapters.view import (
+    PEFT_PREFIX,
+    AdapterLayer,
+    is_peft_layer,
+    layers,
+    plain_modules,
+    unwrap,
+)
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -60,6 +68,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises ValueError if the model has no adapter of ours or a non-finite one, FileExistsError if
     ``folder`` is a file.
     """
+    model = unwrap(model)
     found = _our_layers(model)
     if not found:
         raise ValueError("the model has no fastlora adapter to save; peft saves its own")
@@ -90,7 +99,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
     for a file that is truncated or no LoRA adapter, for options that only peft has, and for keys
     that are missing, left over, of another shape or not finite (the message names them).
     """
-    folder = Path(folder)
+    folder, model = Path(folder), unwrap(model)
     config = read_config(folder)
     tensors = _read_weights(folder)
     found = _our_layers(model)
@@ -134,8 +143,8 @@ def read_config(folder: str | os.PathLike[str]) -> LoRAConfig:
         raise ValueError(f"{path}: peft_type {raw.get('peft_type')!r} is not LORA; load it in peft")
     if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
         raise ValueError(
-            f"{path}: init_lora_weights={raw['init_lora_weights']!r} changed the base weights, so "
-            "these factors do not fit the plain base; save the difference form with peft first"
+            f"{path}: init_lora_weights={raw['init_lora_weights']!r} belongs with base weights or "
+            "layers changed to fit it; load the adapter with peft, or save its difference form"
         )
     for option, value in raw.items():
         known = option in _OURS or option in _DESCRIPTIVE or option == "init_lora_weights"
@@ -231,6 +240,9 @@ def _check_same(found: list[AdapterLayer], config: LoRAConfig) -> Report:
                 "load it into a model without adapter"
             )
         report.fused.append(Row(layer.name, f"r={layer.r}, values loaded"))
+        if layer.lora_dropout != config.lora_dropout:
+            kept = f"lora_dropout stays {layer.lora_dropout}, the file says {config.lora_dropout}"
+            report.skipped.append(Row(layer.name, kept))
     return report
 
 
@@ -250,12 +262,12 @@ def _describe(model: nn.Module, found: list[AdapterLayer]) -> dict[str, Any]:
         "r": r,
         "lora_alpha": alpha,
         "lora_dropout": _most_common(layer.lora_dropout for layer in found),
-        "target_modules": _shortest_names(model, [layer.name for layer in found]),
+        "target_modules": _shortest_targets(model, {layer.name for layer in found}),
         "exclude_modules": None,
         "use_rslora": found[0].use_rslora,
-        "rank_pattern": {layer.name: layer.r for layer in found if layer.r != r},
+        "rank_pattern": {_only(layer.name): layer.r for layer in found if layer.r != r},
         "alpha_pattern": {
-            layer.name: layer.lora_alpha for layer in found if layer.lora_alpha != alpha
+            _only(layer.name): layer.lora_alpha for layer in found if layer.lora_alpha != alpha
         },
         "bias": "none",
         "fan_in_fan_out": False,
@@ -266,19 +278,23 @@ def _describe(model: nn.Module, found: list[AdapterLayer]) -> dict[str, Any]:
     }
 
 
-def _shortest_names(model: nn.Module, names: list[str]) -> list[str]:
-    """The last parts of ``names`` if they mean no other module of the model, else whole paths."""
-    adapted = set(names)
-    last = {name.rpartition(".")[2] for name in names}
+def _only(name: str) -> str:
+    """A pattern's key that means this path and no longer one that ends in it."""
+    return "^" + re.escape(name)
+
+
+def _shortest_targets(model: nn.Module, adapted: set[str]) -> list[str] | str:
+    """target_modules that mean just these: last parts, else whole paths, else one expression."""
     # inside an adapted layer the paths differ between the injected model and the plain one
-    others = (
+    others = [
         name
-        for name, _ in model.named_modules()
+        for name, _ in plain_modules(model)
         if name not in adapted and name.rpartition(".")[0] not in adapted
-    )
-    if any(name.rpartition(".")[2] in last for name in others):
-        return sorted(adapted)
-    return sorted(last)
+    ]
+    for entries in ({name.rpartition(".")[2] for name in adapted}, adapted):
+        if not any(names_module(sorted(entries), name) for name in others):
+            return sorted(entries)
+    return "|".join(re.escape(name) for name in sorted(adapted))
 
 
 def _most_common(values: Any) -> Any:

@@ -57,7 +57,11 @@ class LoRAConfig:
             _check_names(name, value)
         if not self.target_modules:
             raise ValueError("target_modules names no module")
+        if not isinstance(self.use_rslora, bool):
+            raise ValueError(f"use_rslora must be True or False, not {self.use_rslora!r}")
         for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name} must map expressions to numbers")
             for key, value in getattr(self, name).items():
                 _check_expression(name, key)
                 is_rank = name == "rank_pattern"

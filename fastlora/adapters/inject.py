@@ -7,7 +7,7 @@ from torch import nn
 from fastlora.adapters.config import LoRAConfig
 from fastlora.adapters.report import Report, Row
 from fastlora.adapters.targets import find_targets
-from fastlora.adapters.view import is_peft_layer
+from fastlora.adapters.view import is_peft_layer, unwrap
 from fastlora.nn.lora_linear import LoRALinear
 
 
@@ -22,6 +22,7 @@ def inject(model: nn.Module, config: LoRAConfig) -> Report:
     Raises ValueError, before anything has changed, if the configuration matches nothing, names a
     layer that cannot be adapted, or if the model carries an adapter already.
     """
+    model = unwrap(model)
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             raise ValueError(f"the model has an adapter already (at {name}); one a model")
@@ -57,6 +58,7 @@ def unload(model: nn.Module) -> None:
 
     Raises ValueError if the model has no adapter of ours.
     """
+    model = unwrap(model)
     replaced: dict[int, nn.Linear] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, LoRALinear):

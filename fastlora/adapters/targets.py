@@ -10,7 +10,7 @@ from torch import nn
 
 from fastlora.adapters.config import ALL_LINEAR, LoRAConfig, pattern_matches
 from fastlora.adapters.report import Row
-from fastlora.ops.backend import HALF
+from fastlora.nn.lora_linear import cannot_adapt
 
 # Layers a user may have thought of as adaptable; what else a model holds needs no mention.
 _KIN = ("Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d")
@@ -42,7 +42,9 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> tuple[list[Target], li
         seen_entries.update(named or ())
         # None: "all-linear"
         meant = isinstance(module, nn.Linear) if named is None else bool(named)
-        if meant and _named(config.exclude_modules, name):
+        excluding = _named(config.exclude_modules, name) or set()
+        seen_entries.update(excluding)
+        if meant and excluding:
             skipped.append(Row(name, "named by exclude_modules"))
         elif meant and named is None and id(module) in heads:
             skipped.append(Row(name, "the output embedding, which 'all-linear' leaves out"))
@@ -66,12 +68,11 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> tuple[list[Target], li
             parent, _, attribute = name.rpartition(".")
             targets[id(module)].places.append((model.get_submodule(parent), attribute))
     _check_patterns(config, [target.name for target in targets.values()])
-    if isinstance(config.target_modules, list):
-        skipped += [
-            Row(entry, "an entry of target_modules that matches no module")
-            for entry in config.target_modules
-            if entry not in seen_entries
-        ]
+    for option in ("target_modules", "exclude_modules"):
+        entries = getattr(config, option)
+        for entry in entries if isinstance(entries, list) else ():
+            if entry not in seen_entries:
+                skipped.append(Row(entry, f"an entry of {option} that matches no module"))
     return list(targets.values()), skipped
 
 
@@ -83,17 +84,17 @@ def _named(wanted: str | list[str] | None, name: str) -> set[str] | None:
         if wanted.lower() == ALL_LINEAR:
             return None
         return {wanted} if re.fullmatch(wanted, name) else set()
-    return {entry for entry in wanted if name == entry or name.endswith(f".{entry}")}
+    return {entry for entry in wanted if names_module([entry], name)}
+
+
+def names_module(entries: list[str], name: str) -> bool:
+    """Whether a list of targets means the module at this path, as in peft."""
+    return any(name == entry or name.endswith(f".{entry}") for entry in entries)
 
 
 def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
-    if type(module) is not nn.Linear:
-        return f"it is a {type(module).__name__}, not a torch.nn.Linear"
-    dtype = module.weight.dtype
-    if not dtype.is_floating_point or (dtype.itemsize < 4 and dtype not in HALF):
-        return f"its weight is {dtype}, which is not float32, float64, bfloat16 or float16"
-    if type(module.weight) is not nn.Parameter:
-        return f"its weight is a {type(module.weight).__name__}, not a plain parameter"
+    if reason := cannot_adapt(module):
+        return reason
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer):
         return "nn.TransformerEncoderLayer's fast path reads the weight past the layer"
@@ -118,6 +119,14 @@ def _nothing_matched(model: nn.Module, config: LoRAConfig) -> str:
         return (
             "the model is itself an nn.Linear, which cannot be replaced inside itself; "
             "use fastlora.nn.LoRALinear.from_linear"
+        )
+    if any(
+        type(module).__name__ == "Conv1D" and _named(config.target_modules, name) != set()
+        for name, module in model.named_modules()
+    ):
+        return (
+            "what would be adapted here are Conv1D layers, which fastlora.inject does not replace; "
+            "build the model with peft and call fastlora.accelerate"
         )
     if not linears:
         return "the model holds no torch.nn.Linear that could be adapted"

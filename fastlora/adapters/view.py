@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from fastlora.nn.lora_linear import LoRALinear
 
 PEFT_PREFIX = "base_model.model."
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 @dataclass
@@ -60,20 +61,41 @@ def is_peft_layer(module: nn.Module) -> bool:
     return hasattr(module, "adapter_layer_names") and hasattr(module, "base_layer")
 
 
-def plain_name(name: str) -> str:
-    return name.removeprefix(PEFT_PREFIX)
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, DistributedDataParallel's and DataParallel's wrappers."""
+    while True:
+        if "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
 
 
-def _layers(model: nn.Module, adapter: str | None) -> Iterable[AdapterLayer]:
-    for name, module in model.named_modules():
+def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) as in ``named_modules``, with the names of the plain model: without what
+    peft, torch.compile, FSDP or checkpoint wrappers put into the paths."""
+    for name, module in unwrap(model).named_modules():
+        parts = [part for part in name.split(".") if part not in _WRAPPERS]
+        yield ".".join(parts).removeprefix(PEFT_PREFIX), module
+
+
+def _layers(model: nn.Module, adapter: str | None) -> Iterator[AdapterLayer]:
+    for name, module in plain_modules(model):
         if isinstance(module, LoRALinear):
             if adapter in (None, "default"):
                 yield _ours(name, module)
         elif is_peft_layer(module) and isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
-            wanted = module.active_adapters if adapter is None else [adapter]
-            for key in wanted:
-                if key in module.lora_A:
-                    yield _peft(plain_name(name), module, key)
+            layer: Any = module
+            for key in layer.active_adapters if adapter is None else [adapter]:
+                if key in layer.lora_A and _is_linear(layer, key):
+                    yield _peft(name, module, key)
+
+
+def _is_linear(module: Any, key: str) -> bool:
+    """peft's convolutions, attention blocks and expert parameters use the same dictionaries."""
+    weight = getattr(module.get_base_layer(), "weight", None)
+    return weight is not None and weight.dim() == 2 and module.lora_A[key].weight.dim() == 2
 
 
 def _ours(name: str, module: LoRALinear) -> AdapterLayer:

@@ -14,10 +14,12 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from fastlora.adapters.report import Report, Row
-from fastlora.adapters.view import plain_name
+from fastlora.adapters.view import plain_modules
+from fastlora.nn.plain import added_behaviour
 from fastlora.ops.adapter_linear import adapter_linear
 from fastlora.ops.backend import HALF
 
@@ -29,7 +31,8 @@ def accelerate(peft_model: nn.Module, strict: bool = False) -> Report:
     """Make the LoRA layers of a peft model run fastlora's operation, in place.
 
     Everything peft does with the model keeps working: it remains a peft model with the same
-    parameters, keys and methods. ``restore`` undoes it. Calling it again covers layers that were
+    parameters, keys and methods; only a second derivative through the layers is not available.
+    ``restore`` undoes it. Calling it again covers layers that were
     added in the meantime.
 
     Args:
@@ -48,10 +51,9 @@ def accelerate(peft_model: nn.Module, strict: bool = False) -> Report:
     """
     report = Report()
     fusable: list[PeftLinear] = []
-    for path, module in peft_model.named_modules():
+    for name, module in plain_modules(peft_model):
         if not isinstance(module, BaseTunerLayer):
             continue
-        name = plain_name(path)
         if reason := _never_reason(module):
             report.skipped.append(Row(name, reason))
             continue
@@ -92,8 +94,9 @@ class FusedLinear(PeftLinear):
     """peft's LoRA ``Linear`` whose plain case is one call of ``adapter_linear``."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or _reason(self, x) is not None:
-            return super().forward(x, *args, **kwargs)
+        # somebody may still hold this method of a layer that has been restored
+        if type(self) is not FusedLinear or args or kwargs or _reason(self, x) is not None:
+            return PeftLinear.forward(self, x, *args, **kwargs)
         (adapter,) = _active(self)
         modules: Any = self._modules
         base = modules["base_layer"]
@@ -117,7 +120,7 @@ def _never_reason(module: Any) -> str | None:
     kind = type(module)
     if kind not in (PeftLinear, FusedLinear):
         return f"{kind.__module__.removeprefix('peft.tuners.')}.{kind.__name__} has no fused form"
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__:  # hooks on the layer itself keep running
         return "its forward has been replaced on the instance"
     base = module.base_layer
     if type(base) is not nn.Linear and type(base) is not Conv1D:
@@ -170,14 +173,8 @@ def _reason(layer: Any, x: Tensor | None = None) -> str | None:
     elif type(dropout) is not nn.Identity:
         return f"lora_dropout is a {type(dropout).__name__}"
     for part in (base, lora_A, lora_B, dropout):
-        if (
-            part._forward_hooks
-            or part._forward_pre_hooks
-            or part._backward_hooks
-            or part._backward_pre_hooks
-            or "forward" in part.__dict__
-        ):
-            return f"a hook or another forward sits on its {type(part).__name__}"
+        if added := added_behaviour(part):
+            return f"of its {type(part).__name__}: {added}"
     weight, weight_A, weight_B = base.weight, lora_A.weight, lora_B.weight
     for tensor in (weight, weight_A, weight_B):
         if type(tensor) not in _WEIGHTS:
@@ -185,8 +182,13 @@ def _reason(layer: Any, x: Tensor | None = None) -> str | None:
     device, dtype = weight.device, weight.dtype
     if weight_A.device != device or weight_B.device != device:
         return "the adapter is on another device than the base weight"
-    if not math.isfinite(layer.scaling[adapter]):
+    scaling = layer.scaling[adapter]
+    if isinstance(scaling, Tensor):
+        return "its scaling is a tensor, as peft prepares it for compiled hot swapping"
+    if not -math.inf < scaling < math.inf:
         return "its scaling is not finite"
+    if not torch.compiler.is_compiling() and _has_any_global_hook():
+        return "a global module hook is to see every part"
     if x is not None:
         if x.device != device:
             return "the input is on another device than the base weight"

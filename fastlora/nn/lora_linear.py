@@ -7,8 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fastlora.nn.plain import added_behaviour
 from fastlora.ops.adapter_linear import adapter_linear
 from fastlora.ops.backend import HALF
+
+FLOATS = (torch.float32, torch.float64, *HALF)
 
 
 class LoRALinear(nn.Module):
@@ -18,7 +21,8 @@ class LoRALinear(nn.Module):
     where ``nn.Linear`` has them, ``lora_A.weight`` is [r, K] and ``lora_B.weight`` is [N, r].
     A starts Kaiming-uniform(√5) and B at zero, so that the output starts as the base's
     (arXiv 2106.09685, §4.1; initialisation as in the authors' code). s = α/r, or α/√r with
-    ``use_rslora`` (arXiv 2312.03732). Make one with ``from_linear``.
+    ``use_rslora`` (arXiv 2312.03732). Make one with ``from_linear``. The forward reads the
+    weights of ``lora_A`` and ``lora_B`` and does not call them: hooks on those two do not run.
     """
 
     in_features: int
@@ -38,10 +42,6 @@ class LoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         check_hyperparameters(r, lora_alpha, lora_dropout)
-        if not weight.dtype.is_floating_point:
-            raise TypeError(
-                f"a base weight of {weight.dtype} cannot be adapted: it must be floating"
-            )
         self.out_features, self.in_features = weight.shape
         self.r = r
         self.lora_alpha = lora_alpha
@@ -57,10 +57,16 @@ class LoRALinear(nn.Module):
         self.register_parameter("bias", bias)
         if adapter_dtype is None:
             adapter_dtype = torch.float32 if weight.dtype in HALF else weight.dtype
+        allowed = {weight.dtype, torch.float32} if weight.dtype in HALF else {weight.dtype}
+        if adapter_dtype not in allowed:
+            raise TypeError(
+                f"adapter_dtype {adapter_dtype} does not go with a base of {weight.dtype}: it is "
+                "the base's, or float32 over a half-precision base"
+            )
         where = {"device": weight.device, "dtype": adapter_dtype}
         self.lora_A = nn.utils.skip_init(nn.Linear, self.in_features, r, bias=False, **where)
         self.lora_B = nn.utils.skip_init(nn.Linear, r, self.out_features, bias=False, **where)
-        self.reset_lora_parameters()
+        self.reset_parameters()
 
     @classmethod
     def from_linear(
@@ -77,18 +83,21 @@ class LoRALinear(nn.Module):
         ``adapter_dtype`` is the base's dtype, or float32 over a half-precision base (as in peft).
 
         Raises TypeError for anything but an exact ``nn.Linear`` with floating weights (a subclass
-        may compute something else), ValueError for r < 1, dropout outside [0, 1) or an α that is
-        not finite.
+        may compute something else) and for an ``adapter_dtype`` that does not go with the base's;
+        ValueError for a linear with hooks or a forward of its own (they would be lost), r < 1,
+        dropout outside [0, 1) or an α that is not finite.
         """
-        if type(linear) is not nn.Linear:
-            raise TypeError(f"from_linear takes a torch.nn.Linear, not a {type(linear).__name__}")
+        if reason := cannot_adapt(linear):
+            raise (ValueError if type(linear) is nn.Linear else TypeError)(
+                f"from_linear cannot take this layer: {reason}"
+            )
         weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-        if weight is None:
-            raise TypeError("the linear layer's weight is not a plain parameter")
+        assert weight is not None  # cannot_adapt has seen it
         layer = cls(weight, bias, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
         return layer.train(linear.training)
 
-    def reset_lora_parameters(self) -> None:
+    def reset_parameters(self) -> None:
+        """Draw A anew and set B to zero; the base stays."""
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
@@ -115,6 +124,8 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merge(self) -> None:
         """Add s · B A to the base weight in place; the forward is then one plain linear.
+
+        A state dict taken while merged holds the merged weight beside A and B.
 
         Raises RuntimeError if it is merged already, ValueError if the result would not be finite;
         the weight is unchanged then.
@@ -144,6 +155,18 @@ class LoRALinear(nn.Module):
             f"bias={self.bias is not None}, r={self.r}, lora_alpha={self.lora_alpha}, "
             f"lora_dropout={self.lora_dropout}, use_rslora={self.use_rslora}"
         )
+
+
+def cannot_adapt(linear: nn.Module) -> str | None:
+    """Why a ``LoRALinear`` cannot stand in for this module, as a sentence; None if it can."""
+    if type(linear) is not nn.Linear:
+        return f"it is a {type(linear).__name__}, not a torch.nn.Linear"
+    weight = linear._parameters.get("weight")
+    if weight is None or type(weight) is not nn.Parameter:
+        return f"its weight is a {type(linear.weight).__name__}, not a plain parameter"
+    if weight.dtype not in FLOATS:
+        return f"its weight is {weight.dtype}, not float32, float64, bfloat16 or float16"
+    return added_behaviour(linear)
 
 
 def check_hyperparameters(r: int, lora_alpha: float, lora_dropout: float) -> None:

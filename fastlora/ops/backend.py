@@ -155,24 +155,36 @@ def choose(
     requested: str | None = None,
 ) -> Backend:
     """The entry that ``select`` takes; nothing is imported."""
-    name = requested or _requested.get() or os.environ.get(ENVIRONMENT_VARIABLE) or None
-    return _choose(op, backends, Situation(device, dtype), name)
+    return _choose(op, backends, Situation(device, dtype), *_asked_for(requested))
+
+
+def _asked_for(argument: str | None = None) -> tuple[str | None, str]:
+    """The backend that was asked for by name, if any, and what asked for it."""
+    if argument:
+        return argument, "backend="
+    if name := _requested.get():
+        return name, "use_backend"
+    return os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
 
 
 @functools.cache
-def _choose(op: str, backends: tuple[Backend, ...], at: Situation, name: str | None) -> Backend:
+def _choose(
+    op: str, backends: tuple[Backend, ...], at: Situation, name: str | None, source: str
+) -> Backend:
     if name is not None:
-        check_name(name)
+        check_name(name, source)
         for backend in backends:
             if backend.name == name:
                 if reasons := backend.cannot(at):
                     raise BackendError(
-                        f"{op} cannot run on backend '{name}' for {_short(at.dtype)} on "
-                        f"{at.device}: {'; '.join(reasons)}."
+                        f"{op} cannot run on backend '{name}' (asked for by {source}) for "
+                        f"{_short(at.dtype)} on {at.device}: {'; '.join(reasons)}."
                     )
                 return backend
         offered = ", ".join(backend.name for backend in backends)
-        raise BackendError(f"{op} has no backend '{name}'; it offers {offered}.")
+        raise BackendError(
+            f"{op} has no backend '{name}' (asked for by {source}); it offers {offered}."
+        )
     for backend in backends:
         if not backend.cannot(at) and not backend.rather_not(at):
             _say_fallback(op, backends, backend, at)
@@ -207,6 +219,9 @@ def _say_fallback(op: str, backends: tuple[Backend, ...], taken: Backend, at: Si
 def use_backend(name: str) -> Iterator[None]:
     """Run every operation called inside on the named backend ('triton', 'onednn' or 'eager').
 
+    It holds for the calls of this thread. Autograd recomputes checkpoints in threads of its own on
+    a GPU: around checkpointed steps with dropout set FASTLORA_BACKEND, which holds everywhere.
+
     Raises ValueError for an unknown name; an operation that cannot run there raises BackendError.
     """
     token = _requested.set(check_name(name))
@@ -216,17 +231,32 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
-def check_name(name: str) -> str:
+def check_name(name: str, source: str = "use_backend") -> str:
     if name not in NAMES:
-        raise ValueError(f"unknown backend '{name}'; the backends are {', '.join(NAMES)}")
+        raise ValueError(
+            f"unknown backend '{name}' (asked for by {source}); the backends are "
+            f"{', '.join(NAMES)}, and none named leaves the choice automatic"
+        )
     return name
 
 
 def table(op: str, backends: tuple[Backend, ...], at: Situation) -> list[tuple[str, bool, str]]:
-    """Rows (backend, is taken automatically, sentence), in order of preference."""
+    """Rows (backend, would be taken now, sentence), in order of preference."""
+    name, source = _asked_for()
+    if name is not None:
+        check_name(name, source)
     rows: list[tuple[str, bool, str]] = []
     taken = False
     for backend in backends:
+        if backend.name == name and not backend.cannot(at):
+            rows.append((name, True, f"can run, and is taken: asked for by {source}"))
+            continue
+        if name is not None:
+            reasons = backend.cannot(at)
+            wanted = f", though {source} asks for it" if backend.name == name else ""
+            text = "cannot: " + "; ".join(reasons) if reasons else "can run"
+            rows.append((backend.name, False, text + wanted))
+            continue
         if reasons := backend.cannot(at):
             rows.append((backend.name, False, "cannot: " + "; ".join(reasons)))
         elif reasons := backend.rather_not(at):

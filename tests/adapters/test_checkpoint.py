@@ -1,5 +1,6 @@
 """Adapters on disk: our files in peft, peft's here, and every kind of bad file refused whole."""
 
+import copy
 import json
 import os
 
@@ -106,6 +107,45 @@ def test_loading_into_the_adapter_that_is_there(tiny_llama, tmp_path):
         fastlora.load_adapter(other, tmp_path / "a")
 
 
+class Nested(torch.nn.Module):
+    """A name that is also the end of another's path."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(4, 4)
+        self.block = torch.nn.ModuleDict({"fc": torch.nn.Linear(4, 4)})
+
+    def forward(self, x):
+        return self.block["fc"](self.fc(x))
+
+
+@pytest.mark.parametrize(
+    "options", [{"target_modules": "fc"}, {"target_modules": ["fc"], "rank_pattern": {"^fc": 3}}]
+)
+def test_a_saved_config_means_just_the_layers_it_was_saved_from(tmp_path, options):
+    model = Nested()
+    base = Nested()
+    base.load_state_dict(model.state_dict())
+    fastlora.inject(model, LoRAConfig(r=2, **options))
+    randomise(model)
+    fastlora.save_adapter(model, tmp_path / "a")
+    x = torch.randn(3, 4)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a").eval()
+    torch.testing.assert_close(theirs(x), model(x))
+    fastlora.load_adapter(base, tmp_path / "a")
+    assert [(v.name, v.r) for v in layers(base)] == [(v.name, v.r) for v in layers(model)]
+    assert torch.equal(base(x), model(x))
+
+
+def test_another_dropout_in_the_file_is_reported(tiny_llama, tmp_path):
+    folder = saved(tiny_llama, tmp_path / "a")
+    edit_config(folder, lora_dropout=0.25)
+    model = tiny_llama()
+    fastlora.inject(model, LoRAConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    report = fastlora.load_adapter(model, folder)
+    assert len(report.fused) == 4 and "the file says 0.25" in report.skipped[0].detail
+
+
 def saved(tiny_llama, folder):
     model = tiny_llama()
     fastlora.inject(model, LoRAConfig(r=4, target_modules=["q_proj", "v_proj"]))
@@ -177,7 +217,7 @@ def only_pickle(folder):
         (
             lambda f: edit_config(f, init_lora_weights="pissa"),
             ValueError,
-            "changed the base weights",
+            "belongs with base weights or layers changed",
         ),
         (lambda f: edit_config(f, target_modules=None), ValueError, "target_modules is missing"),
         (lambda f: edit_config(f, target_modules=["nope"]), ValueError, "matches no nn.Linear"),

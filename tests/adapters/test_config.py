@@ -30,6 +30,8 @@ def test_an_option_we_do_not_have_is_refused_with_a_way_out(option):
         ({"exclude_modules": "*x"}, "exclude_modules: .* not a regular expression"),
         ({"rank_pattern": {"q": 0}}, "r must be a whole number"),
         ({"rank_pattern": {"(q": 2}}, "rank_pattern: .* not a regular expression"),
+        ({"rank_pattern": [1]}, "rank_pattern must map expressions"),
+        ({"use_rslora": "false"}, "use_rslora must be True or False"),
         ({"alpha_pattern": {"q": float("nan")}}, "lora_alpha must be a finite number"),
     ],
 )

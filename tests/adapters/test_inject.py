@@ -94,8 +94,19 @@ def test_one_module_at_two_places_stays_one():
 
 
 def test_an_entry_without_a_match_is_reported(tiny_llama):
-    report = fastlora.inject(tiny_llama(), LoRAConfig(target_modules=["q_proj", "query"]))
+    config = LoRAConfig(target_modules=["q_proj", "query"], exclude_modules=["k_prj"])
+    report = fastlora.inject(tiny_llama(), config)
     assert ("query", "an entry of target_modules that matches no module") in report.skipped
+    assert ("k_prj", "an entry of exclude_modules that matches no module") in report.skipped
+
+
+def test_conv1d_is_named_with_the_way_to_adapt_it():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=2, n_positions=8)
+    model = transformers.GPT2LMHeadModel(config)
+    for targets in (["c_attn"], "all-linear"):
+        with pytest.raises(ValueError, match=r"Conv1D.*fastlora\.accelerate|is a Conv1D"):
+            fastlora.inject(model, LoRAConfig(target_modules=targets))
 
 
 class Wrapped(nn.Linear):
@@ -245,6 +256,23 @@ def test_a_tied_weight_is_not_merged(tiny_llama):
 def test_a_model_without_adapter_is_refused(tiny_llama, call):
     with pytest.raises(ValueError, match="no fastlora adapter"):
         call(tiny_llama())
+
+
+def test_wrappers_do_not_show_in_names(tiny_llama, tmp_path):
+    model = tiny_llama().eval()
+    fastlora.inject(model, LoRAConfig(r=4))
+    randomise(model)
+    names = [layer.name for layer in layers(model)]
+    compiled = torch.compile(copy.deepcopy(model), backend="eager")
+    parallel = nn.DataParallel(copy.deepcopy(model))
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    for number, wrapped in enumerate((compiled, parallel, model)):
+        assert [layer.name for layer in layers(wrapped)] == names
+        folder = tmp_path / str(number)
+        fastlora.save_adapter(wrapped, folder)
+        again = tiny_llama().eval()
+        fastlora.load_adapter(again, folder)
+        torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=1e-5)
 
 
 def test_an_injected_model_copies(tiny_llama):

@@ -213,6 +213,90 @@ def test_hooks_on_a_layer_run_and_hooks_on_its_parts_are_respected(tiny_llama, c
     assert any("hook" in row.detail for row in fastlora.accelerate(fused).skipped)
 
 
+def test_global_hooks_see_every_part(tiny_llama, calls):
+    _, fused, _ = pair(tiny_llama)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, i, o: seen.append(m))
+    try:
+        logits(fused)
+    finally:
+        handle.remove()
+    assert not calls and layers(fused)[0].module.base_layer in seen
+    logits(fused)
+    assert len(calls) == 6
+
+
+def test_a_wrapped_forward_survives_restore(tiny_llama, calls):
+    plain, fused, _ = pair(tiny_llama)
+    module = layers(fused)[0].module
+    inner = module.forward
+    module.forward = lambda *a, **k: inner(*a, **k)
+    fastlora.restore(fused)
+    close(logits(fused), logits(plain))
+    assert not calls
+    with fused.disable_adapter(), plain.disable_adapter():
+        close(logits(fused), logits(plain))
+
+
+def test_transforms_run_as_in_peft(tiny_llama):
+    plain, fused, _ = pair(tiny_llama)
+    results = []
+    for model in (plain, fused):
+        parameters = {n: p.detach() for n, p in model.named_parameters() if "lora_B" in n}
+
+        def loss(values, model=model):
+            return torch.func.functional_call(model, values, kwargs={"input_ids": IDS}).logits.sum()
+
+        results.append(torch.func.grad(loss)(parameters))
+    for name in results[0]:
+        close(results[1][name], results[0][name])
+
+
+def test_a_tensor_scaling_runs_pefts_forward(tiny_llama, calls):
+    """prepare_model_for_compiled_hotswap turns scalings into tensors."""
+    from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+
+    plain, fused, _ = pair(tiny_llama)
+    for model in (plain, fused):
+        prepare_model_for_compiled_hotswap(model)
+    close(logits(fused), logits(plain))
+    assert not calls
+    assert "scaling is a tensor" in fastlora.accelerate(fused).skipped[0].detail
+
+
+def test_an_accelerated_model_compiles_whole(tiny_llama):
+    plain, fused, _ = pair(tiny_llama)
+    torch._dynamo.reset()
+    expected = plain(input_ids=IDS).logits
+    got = torch.compile(fused, backend="aot_eager", fullgraph=True)(input_ids=IDS).logits
+    close(got, expected)
+    for out in (expected, got):
+        out.square().mean().backward()
+    pairs = zip(plain.named_parameters(), fused.named_parameters(), strict=True)
+    for (name, p), (_, q) in pairs:
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            close(q.grad, p.grad)
+
+
+def test_the_view_leaves_out_what_is_not_linear():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.attention = nn.MultiheadAttention(8, 2)
+            self.linear = nn.Linear(8, 8)
+
+    model = peft.inject_adapter_in_model(
+        peft.LoraConfig(target_modules=["conv", "attention", "linear"]), Mixed()
+    )
+    assert [x.name for x in layers(model)][-1] == "linear"
+    assert all(x.lora_A.dim() == 2 for x in layers(model))
+    report = fastlora.accelerate(model)
+    assert [r.name for r in report.fused] == ["linear"]
+    assert {r.name for r in report.skipped} >= {"conv", "attention"}
+
+
 def test_a_forward_replaced_on_the_instance_is_left_alone(tiny_llama, calls):
     model = build(tiny_llama)
     module = layers(model)[0].module

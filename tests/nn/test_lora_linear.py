@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastlora
 from fastlora.nn import LoRALinear
 
 
@@ -132,8 +133,8 @@ class Custom(nn.Linear):
 @pytest.mark.parametrize(
     "linear, options, error, words",
     [
-        (Custom(3, 3), {}, TypeError, "not a Custom"),
-        (nn.Embedding(3, 3), {}, TypeError, "not a Embedding"),
+        (Custom(3, 3), {}, TypeError, "it is a Custom, not a torch.nn.Linear"),
+        (nn.Embedding(3, 3), {}, TypeError, "it is a Embedding"),
         (nn.Linear(3, 3), {"r": 0}, ValueError, "r must be a whole number of at least 1, not 0"),
         (nn.Linear(3, 3), {"r": 1.5}, ValueError, "r must be"),
         (nn.Linear(3, 3), {"lora_alpha": float("nan")}, ValueError, "lora_alpha must be a finite"),
@@ -146,8 +147,46 @@ def test_bad_input(linear, options, error, words):
     assert all(p.requires_grad for p in linear.parameters())
 
 
+def hooked():
+    linear = nn.Linear(3, 3)
+    linear.register_forward_hook(lambda *a: None)
+    return linear
+
+
+def with_another_forward():
+    linear = nn.Linear(3, 3)
+    linear.forward = lambda x: x
+    return linear
+
+
+@pytest.mark.parametrize(
+    "make, words", [(hooked, "carries hooks"), (with_another_forward, "forward has been replaced")]
+)
+def test_what_sits_on_the_linear_is_not_dropped_in_silence(make, words):
+    with pytest.raises(ValueError, match=words):
+        LoRALinear.from_linear(make())
+    model = nn.Sequential(make(), nn.Linear(3, 3))
+    report = fastlora.inject(model, fastlora.LoRAConfig())
+    assert [r.name for r in report.fused] == ["1"] and words in report.skipped[0].detail
+    with pytest.raises(ValueError, match=words):
+        fastlora.inject(nn.Sequential(make()), fastlora.LoRAConfig(target_modules=["0"]))
+
+
+def test_a_parametrised_weight_is_refused():
+    with pytest.raises(TypeError, match=r"not a torch.nn.Linear"):
+        LoRALinear.from_linear(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+
+
+@pytest.mark.parametrize(
+    "base, adapter", [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)]
+)
+def test_an_adapter_dtype_that_does_not_go_with_the_base(base, adapter):
+    with pytest.raises(TypeError, match="does not go with a base of"):
+        LoRALinear.from_linear(nn.Linear(3, 3, dtype=base), adapter_dtype=adapter)
+
+
 def test_integer_weights_are_refused():
     linear = nn.Linear(3, 3)
     linear.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TypeError, match=r"torch.int8 cannot be adapted"):
+    with pytest.raises(ValueError, match=r"its weight is torch.int8"):
         LoRALinear.from_linear(linear)

@@ -128,6 +128,27 @@ def test_backward_runs_on_the_backend_of_its_forward(monkeypatch):
     assert ran == ["eager"]
 
 
+def test_the_table_shows_what_was_asked_for(monkeypatch):
+    at = b.Situation(CPU, torch.float32)
+
+    def taken():
+        return [(row[0], row[2]) for row in b.table("adapter_linear", BACKENDS, at) if row[1]]
+
+    monkeypatch.setenv(b.ENVIRONMENT_VARIABLE, "eager")
+    assert taken() == [("eager", "can run, and is taken: asked for by FASTLORA_BACKEND")]
+    with fastlora.use_backend("onednn"):
+        assert taken() == [("onednn", "can run, and is taken: asked for by use_backend")]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with fastlora.use_backend("triton"):
+        assert taken() == []
+        assert "though use_backend asks for it" in fastlora.explain("adapter_linear", torch.ones(1))
+    monkeypatch.setenv(b.ENVIRONMENT_VARIABLE, "auto")
+    with pytest.raises(
+        ValueError, match=r"unknown backend 'auto' \(asked for by FASTLORA_BACKEND\)"
+    ):
+        fastlora.explain("adapter_linear")
+
+
 def test_explain_names_every_backend_and_the_one_taken():
     text = fastlora.explain("adapter_linear", torch.randn(2))
     assert all(name in text for name in b.NAMES)

@@ -52,6 +52,25 @@ def forward(
     return y, t if need_t else None
 
 
+def composite(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> Tensor:
+    """y [..., N] from differentiable PyTorch calls, for what a custom Function cannot go through.
+
+    Takes x with its leading dimensions; the mask is drawn, and kept, by ``F.dropout``.
+    """
+    dropped = torch.nn.functional.dropout(x, dropout_p) if dropout_p > 0.0 else x
+    t = torch.nn.functional.linear(dropped, lora_A.to(x.dtype))
+    update = torch.nn.functional.linear(t, lora_B.to(x.dtype))
+    return torch.nn.functional.linear(x, weight, bias) + scaling * update
+
+
 def backward(
     dy: Tensor,
     x: Tensor | None,

@@ -12,6 +12,9 @@ from torch.autograd.function import once_differentiable
 
 from fastlora.ops import backend as _backend
 from fastlora.ops.adapter_linear.contract import BACKENDS, Needs, rows
+from fastlora.ops.adapter_linear.eager import composite
+
+_AUTOCAST = (torch.float32, *_backend.HALF)
 
 
 def adapter_linear(
@@ -42,7 +45,9 @@ def adapter_linear(
     Under ``torch.autocast`` the call computes in autocast's dtype, as ``F.linear`` does.
     Gradients flow to whichever of x, weight, lora_A, lora_B and bias require them, in their own
     dtype, and only what these gradients need is kept: x for lora_A or weight, the [M, r] product
-    for lora_B. A second derivative is not available.
+    for lora_B. A second derivative is not available. Under torch.func's transforms, forward-mode
+    derivatives and torch.jit.trace, and for nested and meta tensors, the same formula runs as
+    ordinary differentiable PyTorch.
 
     Returns:
         y [..., N] in the compute dtype.
@@ -54,23 +59,41 @@ def adapter_linear(
         BackendError: the backend asked for cannot run this call.
     """
     device = x.device
-    autocast = torch.is_autocast_enabled(device.type) and x.dtype != torch.float64
-    if autocast:
+    autocast = not x.is_meta and torch.is_autocast_enabled(device.type)
+    if autocast and x.dtype in _AUTOCAST:
         dtype = torch.get_autocast_dtype(device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        x, weight = x.to(dtype), _cast(weight, dtype)
+        bias = None if bias is None else _cast(bias, dtype)
     _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
-    arguments = (x, weight, lora_A, lora_B, bias, float(scaling), float(dropout_p))
+    arguments = (x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     if torch.compiler.is_compiling():
         # registering operators imports dynamo and triton, so it waits until somebody compiles
         from fastlora.ops.adapter_linear.registered import compiled
 
         return compiled(*arguments, backend)
+    if _is_transformed(x):
+        return composite(*arguments)
     module = _backend.select("adapter_linear", BACKENDS, device, x.dtype, backend)
     if autocast:
         with torch.autocast(device.type, enabled=False):
             return _AdapterLinear.apply(*arguments, module)
     return _AdapterLinear.apply(*arguments, module)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast casts: what is no ordinary float stays, and is refused by the checks."""
+    return tensor.to(dtype) if tensor.dtype in _AUTOCAST else tensor
+
+
+def _is_transformed(x: Tensor) -> bool:
+    """Whether the call runs under something that cannot enter a custom autograd Function."""
+    return (
+        x.is_meta
+        or x.is_nested
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 class _AdapterLinear(torch.autograd.Function):
@@ -107,7 +130,8 @@ class _AdapterLinear(torch.autograd.Function):
             t,
             seed,
         )
-        ctx.static = (x.shape, scaling, dropout_p, module, needs)
+        ctx.static = (x.shape, float(scaling), dropout_p, module, needs)
+        ctx.seed_dim = None if seed is None else seed.dim()
         ctx.dtypes = (lora_A.dtype, lora_B.dtype, None if bias is None else bias.dtype)
         return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -116,6 +140,12 @@ class _AdapterLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, t, seed = ctx.saved_tensors
         shape, scaling, dropout_p, module, needs = ctx.static
+        # a Philox seed is [1], a stream seed []: masks of different kinds must not be mixed
+        if seed is not None and seed.dim() != ctx.seed_dim:
+            raise RuntimeError(
+                "a checkpoint was recomputed on another backend than its forward, with another "
+                "dropout mask; choose the backend for the whole process with FASTLORA_BACKEND"
+            )
         dtype_A, dtype_B, dtype_bias = ctx.dtypes
         dx, dweight, dA, dB, dbias = module.backward(
             rows(dy),
@@ -188,7 +218,7 @@ def _check(
             raise ValueError(f"{name} is on {tensor.device} but x is on {device}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}")
-    if not math.isfinite(scaling):
+    if not -math.inf < scaling < math.inf:
         raise ValueError(f"scaling must be a finite number, not {scaling}")
 
 

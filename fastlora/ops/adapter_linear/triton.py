@@ -311,8 +311,8 @@ def adapter_linear_sum_kernel(
 
 
 def draw_seed(device: torch.device | str) -> Tensor:
-    """The seed [] int64 of one call's dropout, on ``device``: kernels read it there by pointer."""
-    return dropout.draw_seed(device)
+    """The seed [1] int64 of one call's dropout, on ``device``: kernels read it there by pointer."""
+    return dropout.draw_seed(device).view(1)
 
 
 @cache

@@ -138,6 +138,58 @@ def test_checkpointing_replays_the_same_dropout(reentrant):
         assert torch.equal(plain, replayed)
 
 
+def test_recomputation_on_another_backend_never_mixes_masks():
+    """The context has ended when backward recomputes. Without dropout the result is right; with
+    it, two kinds of masks would meet, which torch's check or ours refuses."""
+    t = {n: v.requires_grad_(n in ("x", "lora_A", "lora_B")) for n, v in operands((9,)).items()}
+
+    def run(p, **options):
+        with fastlora.use_backend("triton"):
+            y = checkpoint(
+                lambda x: adapter_linear(x, *list(t.values())[1:4], 2.0, t["bias"], p),
+                t["x"],
+                use_reentrant=False,
+                **options,
+            )
+        y.sum().backward()
+
+    run(0.0)
+    expected = exact(t, 2.0, torch.ones(9, 20))
+    for name in ("x", "lora_A", "lora_B"):
+        assert error(t[name].grad, expected[name]) <= 1e-5, name
+    with pytest.raises(torch.utils.checkpoint.CheckpointError, match="different metadata"):
+        run(0.5)
+    with pytest.raises(RuntimeError, match=r"recomputed on another backend.*FASTLORA_BACKEND"):
+        run(0.5, determinism_check="none")
+
+
+def test_transforms_and_odd_tensors_run_the_formula():
+    t = operands((6,))
+    x, rest = t["x"], (t["weight"], t["lora_A"], t["lora_B"], 2.0, t["bias"])
+    plain = adapter_linear(x, *rest)
+
+    def loss(lora_B):
+        return adapter_linear(x, t["weight"], t["lora_A"], lora_B, 2.0, t["bias"]).square().sum()
+
+    gradient = torch.func.grad(loss)(t["lora_B"])
+    leaf = t["lora_B"].clone().requires_grad_()
+    loss(leaf).backward()
+    torch.testing.assert_close(gradient, leaf.grad)
+    by_row = torch.func.vmap(lambda row: adapter_linear(row, *rest))(x)
+    torch.testing.assert_close(by_row, plain)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        tangent = torch.autograd.forward_ad.unpack_dual(adapter_linear(dual, *rest)).tangent
+    linear = adapter_linear(x + torch.ones_like(x), *rest) - plain
+    torch.testing.assert_close(tangent, linear, atol=1e-5, rtol=1e-5)
+    traced = torch.jit.trace(lambda x: adapter_linear(x, *rest), x)
+    torch.testing.assert_close(traced(x), plain)
+    meta = {n: v.to("meta") for n, v in t.items()}
+    assert adapter_linear(scaling=2.0, dropout_p=0.1, **meta).shape == plain.shape
+    nested = torch.nested.nested_tensor([x[:2], x[2:]], layout=torch.jagged)
+    torch.testing.assert_close(adapter_linear(nested, *rest).values(), plain)
+
+
 def test_a_retained_graph_gives_the_same_gradients_twice():
     t = {n: v.requires_grad_() for n, v in operands((30,)).items()}
     y = adapter_linear(scaling=2.0, dropout_p=0.3, **t)
@@ -212,6 +264,29 @@ def change(**changes):
         )
 
     return make
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_layers_of_different_scaling_compile_without_a_break(dynamic):
+    torch._dynamo.reset()
+    model = torch.nn.ModuleList(
+        fastlora.nn.LoRALinear.from_linear(torch.nn.Linear(8, 8), r=2, lora_alpha=alpha)
+        for alpha in (1, 2.5, 7)
+    )
+    x = torch.randn(4, 8)
+    for layer in model:
+        torch.nn.init.normal_(layer.lora_B.weight)
+        expected = layer(x)
+        layer.compile(backend="eager", fullgraph=True, dynamic=dynamic)
+        torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("spoiled", ["weight", "x", "bias"])
+def test_autocast_does_not_let_integers_in(spoiled):
+    t = operands()
+    t[spoiled] = torch.ones_like(t[spoiled], dtype=torch.int8)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="int8"):
+        adapter_linear(scaling=1.0, **t)
 
 
 @pytest.mark.parametrize(

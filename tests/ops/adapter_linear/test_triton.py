@@ -304,7 +304,7 @@ def test_dropout_without_a_seed_is_refused():
 def test_the_seed_follows_the_generator():
     torch.manual_seed(5)
     first = backend.draw_seed(DEVICE)
-    assert first.dtype == torch.int64 and first.shape == () and first.device.type == DEVICE
+    assert first.dtype == torch.int64 and first.shape == (1,) and first.device.type == DEVICE
     assert not torch.equal(first, backend.draw_seed(DEVICE))
     torch.manual_seed(5)
     assert torch.equal(first, backend.draw_seed(DEVICE))
