@@ -90,80 +90,103 @@ def _(
 @torch.library.custom_op("fastlora::adapter_linear_backward", mutates_args=())
 def backward_op(
     dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    t: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    t: Tensor | None,
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
     needs: list[bool],
-    bias_dtype: torch.dtype,
+    x_shape: list[int],
+    rank: int,
+    dtype_A: torch.dtype,
+    dtype_B: torch.dtype,
+    dtype_bias: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dweight, dA, dB, dbias), each in its operand's dtype; empty where not needed."""
-    module = _backend.select("adapter_linear", BACKENDS, x.device, x.dtype, backend)
-    asked = Needs(*needs)
+    module = _backend.select("adapter_linear", BACKENDS, dy.device, dy.dtype, backend)
     dx, dweight, dA, dB, dbias = module.backward(
         rows(dy),
-        rows(x),
+        None if x is None else rows(x),
         weight,
-        lora_A.to(x.dtype),
-        lora_B.to(x.dtype),
+        None if lora_A is None else lora_A.to(dy.dtype),
+        None if lora_B is None else lora_B.to(dy.dtype),
         t,
         scaling,
         dropout_p,
         seed,
-        asked,
+        Needs(*needs),
     )
-    nothing = x.new_empty(0)
+
+    def own(gradient: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """In the operand's dtype, dense, and sharing memory with no other result."""
+        return dy.new_empty(0, dtype=dtype) if gradient is None else gradient.to(dtype).contiguous()
+
     return (
-        nothing if dx is None else dx.view(x.shape),
-        nothing.clone() if dweight is None else dweight.contiguous(),
-        nothing.clone() if dA is None else dA.to(lora_A.dtype).contiguous(),
-        nothing.clone() if dB is None else dB.to(lora_B.dtype).contiguous(),
-        nothing.clone() if dbias is None else dbias.to(bias_dtype),
+        own(None if dx is None else dx.view(x_shape), dy.dtype),
+        own(dweight, dy.dtype),
+        own(dA, dtype_A),
+        own(dB, dtype_B),
+        own(dbias, dtype_bias),
     )
 
 
 @backward_op.register_fake
 def _(
     dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    t: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    t: Tensor | None,
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
     needs: list[bool],
-    bias_dtype: torch.dtype,
+    x_shape: list[int],
+    rank: int,
+    dtype_A: torch.dtype,
+    dtype_B: torch.dtype,
+    dtype_bias: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def like(operand: Tensor, needed: bool) -> Tensor:
-        return operand.new_empty(operand.shape if needed else (0,))
-
     asked = Needs(*needs)
+    n, k = dy.shape[-1], x_shape[-1]
+
+    def shaped(needed: bool, dtype: torch.dtype, *shape: int) -> Tensor:
+        return dy.new_empty(shape if needed else (0,), dtype=dtype)
+
     return (
-        like(x, asked.x),
-        like(weight, asked.weight),
-        like(lora_A, asked.lora_A),
-        like(lora_B, asked.lora_B),
-        x.new_empty(weight.shape[0] if asked.bias else 0, dtype=bias_dtype),
+        shaped(asked.x, dy.dtype, *x_shape),
+        shaped(asked.weight, dy.dtype, n, k),
+        shaped(asked.lora_A, dtype_A, rank, k),
+        shaped(asked.lora_B, dtype_B, n, rank),
+        shaped(asked.bias, dtype_bias, n),
     )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, lora_A, lora_B, bias, ctx.scaling, ctx.dropout_p, seed, ctx.backend = inputs
-    ctx.bias_dtype = x.dtype if bias is None else bias.dtype
-    ctx.save_for_backward(x, weight, lora_A, lora_B, output[1], seed)
+    needs = Needs(*ctx.needs_input_grad[:5])
+    ctx.shapes = (x.shape, lora_A.shape[0])
+    ctx.dtypes = (lora_A.dtype, lora_B.dtype, x.dtype if bias is None else bias.dtype)
+    ctx.save_for_backward(
+        x if needs.lora_A or needs.weight else None,
+        weight if needs.x else None,
+        lora_A if needs.x else None,
+        lora_B if needs.x or needs.lora_A else None,
+        output[1] if needs.lora_B else None,
+        seed,
+    )
 
 
 def _backward(ctx: Any, dy: Tensor, dt: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, lora_A, lora_B, t, seed = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:5])
+    x_shape, rank = ctx.shapes
     gradients = backward_op(
         dy,
         x,
@@ -175,7 +198,9 @@ def _backward(ctx: Any, dy: Tensor, dt: Tensor) -> tuple[Tensor | None, ...]:
         ctx.dropout_p,
         seed,
         needs,
-        ctx.bias_dtype,
+        list(x_shape),
+        rank,
+        *ctx.dtypes,
         ctx.backend,
     )
     asked = (g if need else None for g, need in zip(gradients, needs, strict=True))

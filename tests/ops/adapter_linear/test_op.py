@@ -255,6 +255,28 @@ def test_it_compiles_whole(p):
     assert len(counted) == 1
 
 
+@pytest.mark.parametrize("trained", [{"lora_B"}, {"lora_A", "lora_B"}])
+def test_a_compiled_call_saves_no_more_than_an_eager_one(trained):
+    """With A frozen, no input is kept here either."""
+    torch._dynamo.reset()
+    tensors = {n: t.requires_grad_(n in trained) for n, t in operands((50,)).items()}
+    sizes = []
+
+    def pack(tensor):
+        sizes.append(tuple(tensor.shape))
+        return tensor
+
+    compiled = torch.compile(
+        lambda t: adapter_linear(scaling=2.0, **t), backend="aot_eager", fullgraph=True
+    )
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        compiled(tensors).sum().backward()
+    assert ((50, 24) in sizes) == ("lora_A" in trained)
+    expected = exact(tensors, 2.0, torch.ones(50, 20))
+    for name in trained:
+        assert error(tensors[name].grad, expected[name]) <= 1e-5
+
+
 def change(**changes):
     def make():
         return (
