@@ -27,7 +27,7 @@ from typing import Any
 ARCHS = (80, 86, 89, 90, 100, 120)
 # tfloat32: fp32 operands where torch allows its matmul the tensor cores' shorter mantissa
 DTYPES = ("bfloat16", "float16", "float32", "tfloat32")
-KERNELS = ("shrink", "main", "seed", "bwd_dy", "bwd_da", "sum")
+KERNELS = ("shrink", "main", "seed", "bwd_dy", "bwd_da", "bwd_dots", "bwd_dg", "drop", "sum")
 _TRITON_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tfloat32": "fp32"}
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", re.MULTILINE)
@@ -35,11 +35,11 @@ _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Flags:
-    """One way to call a kernel: its constants, the pointers it goes without, its layout."""
+    """One way to call a kernel: its constants, what it goes without, its layout."""
 
     name: str
     constants: dict[str, bool]
-    absent: tuple[str, ...]
+    absent: tuple[str, ...]  # arguments that are None: pointers, and the strides of those
     unit_strides: tuple[str, ...]
     rank_strides: tuple[str, ...] = ()  # those that equal the rank in contiguous operands
 
@@ -84,9 +84,16 @@ _X_A = ("stride_xk", "stride_ak")
 _FORWARD = ("stride_xk", "stride_wk", "stride_tr", "stride_br", "stride_on", "stride_bias")
 _DX = ("stride_xk", "stride_wn", "stride_tr", "stride_bn", "stride_on")
 _DY = ("stride_dyn", "stride_br", "stride_tr")
+_B_T = ("stride_bn", "stride_tm")
 _H_X = ("stride_hr", "stride_xk")
+_DY_X_W = ("stride_dyn", "stride_xk", "stride_wk")
+_NO_SCALE = ("scale_ptr",)
 _NO_BIAS = ("bias_ptr",)
-_NO_PRODUCT = ("x_ptr", "w_ptr", "bias_ptr")
+_NO_PRODUCT = ("x_ptr", "w_ptr", "bias_ptr", *_NO_SCALE)
+_NO_DOTS = (
+    *("y_ptr", "bias_ptr", "dots_ptr", "squares_ptr"),
+    *("stride_ym", "stride_yn", "stride_bias"),
+)
 
 FUNCTIONS = {
     "shrink": "adapter_linear_fwd_shrink_kernel",
@@ -94,6 +101,9 @@ FUNCTIONS = {
     "seed": "adapter_linear_main_kernel",
     "bwd_dy": "adapter_linear_bwd_dy_kernel",
     "bwd_da": "adapter_linear_bwd_da_kernel",
+    "bwd_dots": "adapter_linear_bwd_dy_kernel",
+    "bwd_dg": "adapter_linear_bwd_dg_kernel",
+    "drop": "adapter_linear_drop_kernel",
     "sum": "adapter_linear_sum_kernel",
 }
 
@@ -104,26 +114,56 @@ FLAGS = {
         Flags("plain", {"DROPOUT": False}, ("seed_ptr",), _X_A),
     ),
     "main": (
-        Flags("dx dropout", {"DROPOUT": True}, _NO_BIAS, _DX, ("stride_tm",)),
         Flags(
-            "forward bias", {"HAS_BIAS": True}, ("seed_ptr",), _FORWARD, ("stride_tm", "stride_bn")
+            "dx scale dropout", {"DROPOUT": True, "SCALE_IN": True}, _NO_BIAS, _DX, ("stride_tm",)
         ),
-        Flags("dx", {}, ("seed_ptr", *_NO_BIAS), _DX, ("stride_tm",)),
+        Flags("dx dropout", {"DROPOUT": True}, (*_NO_BIAS, *_NO_SCALE), _DX, ("stride_tm",)),
+        Flags(
+            "forward scale bias",
+            {"HAS_BIAS": True, "SCALE_OUT": True},
+            ("seed_ptr",),
+            _FORWARD,
+            ("stride_tm", "stride_bn"),
+        ),
+        Flags(
+            "forward bias",
+            {"HAS_BIAS": True},
+            ("seed_ptr", *_NO_SCALE),
+            _FORWARD,
+            ("stride_tm", "stride_bn"),
+        ),
+        Flags("dx scale", {"SCALE_IN": True}, ("seed_ptr", *_NO_BIAS), _DX, ("stride_tm",)),
+        Flags("dx", {}, ("seed_ptr", *_NO_BIAS, *_NO_SCALE), _DX, ("stride_tm",)),
     ),
     "seed": (Flags("dx dropout", {"DROPOUT": True}, _NO_PRODUCT, _DX, ("stride_tm",)),),
     "bwd_dy": (
-        Flags("h db", {"NEED_H": True, "NEED_DB": True}, (), _DY, ("stride_bn", "stride_tm")),
-        Flags("h", {"NEED_H": True}, ("t_ptr", "db_ptr"), _DY, ("stride_bn", "stride_tm")),
+        Flags("h db", {"NEED_H": True, "NEED_DB": True}, _NO_DOTS, _DY, _B_T),
+        Flags("h", {"NEED_H": True}, ("t_ptr", "db_ptr", *_NO_DOTS), _DY, _B_T),
     ),
     "bwd_da": (
         Flags("dropout", {"DROPOUT": True}, (), _H_X, ("stride_hm",)),
         Flags("plain", {}, ("seed_ptr",), _H_X, ("stride_hm",)),
     ),
+    "bwd_dots": (
+        Flags(
+            "h db dots",
+            {"NEED_H": True, "NEED_DB": True, "NEED_DOTS": True, "HAS_BIAS": True},
+            (),
+            (*_DY, "stride_yn", "stride_bias"),
+            _B_T,
+        ),
+    ),
+    "bwd_dg": (Flags("dg", {}, (), _DY_X_W),),
+    "drop": (Flags("drop", {}, (), ("stride_xk",)),),
     "sum": (Flags("sum", {}, (), ()),),
 }
 
+_NO_MATRICES = ("sum", "drop")  # what multiplies none, and needs no tensor core
+
 # element types other than the compute dtype
-_POINTERS = {"seed_ptr": "i64", "h_ptr": "fp32", "db_ptr": "fp32", "da_ptr": "fp32"}
+_POINTERS = {"seed_ptr": "i64", "asked_ptr": "i1"} | dict.fromkeys(
+    ("h_ptr", "db_ptr", "da_ptr", "dg_ptr", "dots_ptr", "squares_ptr", "scale_ptr"), "fp32"
+)
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
@@ -136,8 +176,8 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         arch = tiles.arch_of(number, sm_count=128)
         for kernel in args.kernel:
             for dtype in args.dtype:
-                if kernel == "sum" and dtype == "tfloat32":
-                    continue  # it multiplies nothing
+                if kernel in _NO_MATRICES and dtype == "tfloat32":
+                    continue
                 fixed = (kernel, dtype, number, arch.shared_bytes)
                 torch_dtype = getattr(torch, dtype.removeprefix("t"))
                 slots = tiles.slots(kernel, torch_dtype, arch)
@@ -260,7 +300,7 @@ def problems(row: Row) -> list[str]:
         found.append(
             f"takes {row.shared} bytes of shared memory, more than the {row.estimate} estimated"
         )
-    matrix = row.kernel != "sum" and row.dtype in ("bfloat16", "float16")
+    matrix = row.kernel not in _NO_MATRICES and row.dtype in ("bfloat16", "float16")
     if matrix and not row.tensor_core:
         found.append("multiplies without tensor cores")
     return found

@@ -13,7 +13,9 @@ from fastlora.ops import backend
 _HERE = "fastlora.ops.adapter_linear"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
-# Each module has ``draw_seed``, ``forward`` and ``backward`` with the signatures of eager.py.
+# Each module has ``draw_seed``, ``forward`` and ``backward`` with the signatures of eager.py, and
+# ``scaled_forward`` and ``scaled_backward`` for calls with an ``out_scale``. The other two vectors
+# never reach a backend: scaled.py folds them into lora_B.
 BACKENDS = (
     backend.Backend(
         "triton",
@@ -49,6 +51,47 @@ class Needs(NamedTuple):
     lora_A: bool
     lora_B: bool
     bias: bool
+
+
+class Scales(NamedTuple):
+    """The vectors of y = g ∘ (x Wᵀ + s · b ∘ (((drop(x) Aᵀ) ∘ d) Bᵀ)) + bias; None for ones."""
+
+    out: Tensor | None  # g [N]
+    mid: Tensor | None  # d [r]
+    adapter: Tensor | None  # b [N]
+
+
+def doubtful(
+    out_scale: Tensor, bias: Tensor | None, mean_square: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """bool [N]: columns whose z = (y − bias) / g cannot be read off a y of ``dtype``.
+
+    Those are where g is zero, not finite, or so small or large that g ∘ z may leave ``dtype``'s
+    range; and those whose bias is so much larger than g ∘ z that it hides it where y is rounded.
+    mean_square [N], given with a bias, is that of y − bias over the rows. README.md derives the
+    bounds.
+    """
+    half = dtype in backend.HALF
+    size = out_scale.abs().to(torch.promote_types(dtype, torch.float32))
+    reach = 2.0**8 if dtype == torch.float16 else 2.0**60
+    legible = (size >= 1 / reach) & (size <= reach)
+    if bias is not None:
+        assert mean_square is not None
+        legible &= bias.abs() <= mean_square.sqrt() * (2.0 if half else 64.0)
+    return ~legible
+
+
+def check_mask(seed: Tensor | None, dim: int | None) -> None:
+    """Raise RuntimeError unless backward's seed is of the kind its forward drew.
+
+    A Philox seed is [1], a stream seed []: a checkpoint recomputed on another backend would
+    otherwise mix two masks.
+    """
+    if seed is not None and seed.dim() != dim:
+        raise RuntimeError(
+            "a checkpoint was recomputed on another backend than its forward, with another "
+            "dropout mask; choose the backend for the whole process with FASTLORA_BACKEND"
+        )
 
 
 def rows(x: Tensor) -> Tensor:

@@ -37,3 +37,5 @@ def linear(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 forward = partial(eager.forward, linear=linear)
 backward = partial(eager.backward, linear=linear)
+scaled_forward = partial(eager.scaled_forward, linear=linear)
+scaled_backward = partial(eager.scaled_backward, linear=linear)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastlora.ops import backend as _backend
-from fastlora.ops.adapter_linear.contract import BACKENDS, Needs, rows
+from fastlora.ops.adapter_linear.contract import BACKENDS, Needs, Scales, check_mask, rows
 from fastlora.ops.adapter_linear.eager import composite
+from fastlora.ops.adapter_linear.scaled import ScaledAdapterLinear
+from fastlora.ops.dropout import threshold
 
 _AUTOCAST = (torch.float32, *_backend.HALF)
 
@@ -26,9 +29,16 @@ def adapter_linear(
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     *,
+    out_scale: Tensor | None = None,
+    mid_scale: Tensor | None = None,
+    adapter_scale: Tensor | None = None,
+    drop_base: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """y = x Wᵀ + bias + s · drop(x) Aᵀ Bᵀ   (LoRA, arXiv 2106.09685, eq. 3).
+    """y = g ∘ (x Wᵀ + s · b ∘ (((drop(x) Aᵀ) ∘ d) Bᵀ)) + bias, where g, b and d may be absent.
+
+    Without them it is LoRA's layer (arXiv 2106.09685, eq. 3), y = x Wᵀ + bias + s · drop(x) Aᵀ Bᵀ.
+    DoRA (2402.09353) has g = m / ‖W + sBA‖, AdaLoRA (2303.10512) d = E, VeRA (2310.11454) d and b.
 
     Args:
         x: input [..., K]; any leading dimensions, any strides, any number of tokens (0 too).
@@ -40,21 +50,29 @@ def adapter_linear(
         dropout_p: probability in [0, 1) with which an element of the adapter's input is dropped;
             the base term sees x whole. Pass 0 when not training. The mask is drawn from a seed
             that torch's generator gives, and drawn again in backward: none is stored.
+        out_scale: g [N]: multiplies the whole output but the bias.
+        mid_scale: d [r], between lora_A and lora_B.
+        adapter_scale: b [N]: multiplies the adapter's part alone. Each vector is in x's dtype, or
+            float32 over a half-precision base.
+        drop_base: what dropout means beside out_scale. False: the formula above. True (DoRA's
+            code, and peft's): y = x Wᵀ + (g − 1) ∘ (drop(x) Wᵀ) + g ∘ (s · …) + bias, at the price
+            of a second base product. Without dropout the two are one.
         backend: 'triton', 'onednn' or 'eager'; None chooses (see ``fastlora.explain``).
 
     Under ``torch.autocast`` the call computes in autocast's dtype, as ``F.linear`` does.
-    Gradients flow to whichever of x, weight, lora_A, lora_B and bias require them, in their own
-    dtype, and only what these gradients need is kept: x for lora_A or weight, the [M, r] product
-    for lora_B. A second derivative is not available. Under torch.func's transforms, forward-mode
-    derivatives and torch.jit.trace, and for nested and meta tensors, the same formula runs as
-    ordinary differentiable PyTorch.
+    Gradients flow to whichever operands require them, in their own dtype, and only what these
+    gradients need is kept: x for lora_A or weight; the [M, r] product for lora_B, mid_scale or
+    adapter_scale; for out_scale all of these and y itself, which must then not be changed in
+    place (with drop_base under dropout a second [M, N] instead). No second derivative. Under
+    torch.func's transforms, forward-mode derivatives and torch.jit.trace, and for nested and meta
+    tensors, the same formula runs as ordinary differentiable PyTorch.
 
     Returns:
         y [..., N] in the compute dtype.
 
     Raises:
         ValueError: shapes that do not fit, a rank below 1, dropout outside [0, 1), a scaling that
-            is not finite, or tensors on different devices.
+            is not finite, drop_base without out_scale, or tensors on different devices.
         TypeError: dtypes that are not floating or do not go together.
         BackendError: the backend asked for cannot run this call.
     """
@@ -65,15 +83,27 @@ def adapter_linear(
         x, weight = x.to(dtype), _cast(weight, dtype)
         bias = None if bias is None else _cast(bias, dtype)
     _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+    scales = None
+    if out_scale is not None or mid_scale is not None or adapter_scale is not None:
+        scales = Scales(out_scale, mid_scale, adapter_scale)
+        _check_scales(scales, x, lora_B)
+        drop_base = drop_base and threshold(dropout_p) > 0
+    if drop_base and out_scale is None:
+        raise ValueError("drop_base=True needs an out_scale: without one the base is not scaled")
     arguments = (x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     if torch.compiler.is_compiling():
         # registering operators imports dynamo and triton, so it waits until somebody compiles
         from fastlora.ops.adapter_linear.registered import compiled
 
-        return compiled(*arguments, backend)
+        return compiled(*arguments, scales, drop_base, backend)
     if _is_transformed(x):
-        return composite(*arguments)
+        return composite(*arguments, scales, drop_base)
     module = _backend.select("adapter_linear", BACKENDS, device, x.dtype, backend)
+    if scales is not None:
+        with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
+            return ScaledAdapterLinear.apply(
+                *arguments[:5], *scales, *arguments[5:], drop_base, module
+            )
     if autocast:
         with torch.autocast(device.type, enabled=False):
             return _AdapterLinear.apply(*arguments, module)
@@ -140,12 +170,7 @@ class _AdapterLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, t, seed = ctx.saved_tensors
         shape, scaling, dropout_p, module, needs = ctx.static
-        # a Philox seed is [1], a stream seed []: masks of different kinds must not be mixed
-        if seed is not None and seed.dim() != ctx.seed_dim:
-            raise RuntimeError(
-                "a checkpoint was recomputed on another backend than its forward, with another "
-                "dropout mask; choose the backend for the whole process with FASTLORA_BACKEND"
-            )
+        check_mask(seed, ctx.seed_dim)
         dtype_A, dtype_B, dtype_bias = ctx.dtypes
         dx, dweight, dA, dB, dbias = module.backward(
             rows(dy),
@@ -220,6 +245,27 @@ def _check(
         raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}")
     if not -math.inf < scaling < math.inf:
         raise ValueError(f"scaling must be a finite number, not {scaling}")
+
+
+def _check_scales(scales: Scales, x: Tensor, lora_B: Tensor) -> None:
+    n, r = lora_B.shape
+    for name, vector, size in (
+        ("out_scale", scales.out, n),
+        ("mid_scale", scales.mid, r),
+        ("adapter_scale", scales.adapter, n),
+    ):
+        if vector is None:
+            continue
+        if vector.dim() != 1 or vector.shape[0] != size:
+            raise ValueError(f"{name} has shape {_shape(vector)}; it must be [{size}]")
+        half = x.dtype in _backend.HALF
+        if vector.dtype != x.dtype and not (half and vector.dtype == torch.float32):
+            raise TypeError(
+                f"{name} is {vector.dtype}; over a {x.dtype} base it must be {x.dtype}"
+                + (" or torch.float32" if half else "")
+            )
+        if vector.device != x.device:
+            raise ValueError(f"{name} is on {vector.device} but x is on {x.device}")
 
 
 def _shape(tensor: Tensor) -> list[int]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastlora.ops import backend as _backend
-from fastlora.ops.adapter_linear.contract import BACKENDS, Needs, rows
+from fastlora.ops.adapter_linear import scaled
+from fastlora.ops.adapter_linear.contract import BACKENDS, Needs, Scales, rows
 from fastlora.ops.dropout import draw_seed
 
 
@@ -25,6 +26,8 @@ def compiled(
     bias: Tensor | None,
     scaling: float,
     dropout_p: float,
+    scales: Scales | None,
+    drop_base: bool,
     backend: str | None,
 ) -> Tensor:
     """``adapter_linear`` for a call being traced; its backend is fixed when the graph is made."""
@@ -32,6 +35,23 @@ def compiled(
     seed = None
     if dropout_p > 0.0:
         seed = draw_seed(x.device if name == "triton" else "cpu")
+    if scales is not None:
+        keep_z = drop_base and scales.out is not None and scales.out.requires_grad
+        y, _, _ = scaled_forward_op(
+            x,
+            weight,
+            lora_A,
+            lora_B,
+            bias,
+            *scales,
+            scaling,
+            dropout_p,
+            seed,
+            drop_base,
+            keep_z,
+            name,
+        )
+        return y
     y, _ = forward_op(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, name)
     return y
 
@@ -208,3 +228,160 @@ def _backward(ctx: Any, dy: Tensor, dt: Tensor) -> tuple[Tensor | None, ...]:
 
 
 forward_op.register_autograd(_backward, setup_context=_save)
+
+
+# ---------------------------------------------------------------------------- calls with vectors
+
+
+@torch.library.custom_op("fastlora::adapter_linear_scaled_forward", mutates_args=())
+def scaled_forward_op(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    out_scale: Tensor | None,
+    mid_scale: Tensor | None,
+    adapter_scale: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    drop_base: bool,
+    keep_z: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y [..., N], t [M, r], z [M, N], or z [0] unless ``keep_z``) of ``scaled.forward``."""
+    module = _backend.select("adapter_linear", BACKENDS, x.device, x.dtype, backend)
+    y, t, z = scaled.forward(
+        module,
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        bias,
+        Scales(out_scale, mid_scale, adapter_scale),
+        scaling,
+        dropout_p,
+        seed,
+        drop_base,
+        need_t=True,
+        need_z=keep_z,
+    )
+    assert t is not None
+    return y, t, x.new_empty(0) if z is None else z
+
+
+@scaled_forward_op.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    out_scale: Tensor | None,
+    mid_scale: Tensor | None,
+    adapter_scale: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    drop_base: bool,
+    keep_z: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = 1
+    for size in x.shape[:-1]:
+        tokens = tokens * size
+    n, r = lora_B.shape
+    z = x.new_empty(tokens, n) if keep_z else x.new_empty(0)
+    return x.new_empty(*x.shape[:-1], n), x.new_empty(tokens, r), z
+
+
+@torch.library.custom_op("fastlora::adapter_linear_scaled_backward", mutates_args=())
+def scaled_backward_op(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    out_scale: Tensor | None,
+    mid_scale: Tensor | None,
+    adapter_scale: Tensor | None,
+    t: Tensor,
+    read: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    drop_base: bool,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    """The gradients of the first eight operands of the forward, in their dtypes; else empty."""
+    module = _backend.select("adapter_linear", BACKENDS, x.device, x.dtype, backend)
+    scales = Scales(out_scale, mid_scale, adapter_scale)
+    kept = scaled.Kept(x, weight, lora_A, lora_B, bias, scales, t, read, seed)
+    gradients = scaled.backward(
+        module, dy, kept, scaling, dropout_p, drop_base, scaled.ScaledNeeds(*needs)
+    )
+    operands = (x, weight, lora_A, lora_B, bias, *scales)
+    return [
+        x.new_empty(0)
+        if gradient is None or operand is None
+        else gradient.to(operand.dtype).view(operand.shape).contiguous()
+        for gradient, operand in zip(gradients, operands, strict=True)
+    ]
+
+
+@scaled_backward_op.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    out_scale: Tensor | None,
+    mid_scale: Tensor | None,
+    adapter_scale: Tensor | None,
+    t: Tensor,
+    read: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    drop_base: bool,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    operands = (x, weight, lora_A, lora_B, bias, out_scale, mid_scale, adapter_scale)
+    return [
+        x.new_empty(0) if operand is None or not need else operand.new_empty(operand.shape)
+        for operand, need in zip(operands, needs, strict=True)
+    ]
+
+
+def _save_scaled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *operands, ctx.scaling, ctx.dropout_p, seed, ctx.drop_base, keep_z, ctx.backend = inputs
+    y, t, z = output
+    ctx.save_for_backward(*operands, t, z if keep_z else y, seed)
+
+
+def _scaled_backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    *operands, t, read, seed = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:8])
+    gradients = scaled_backward_op(
+        dy,
+        *operands,
+        t,
+        read if needs[5] else None,
+        seed,
+        ctx.scaling,
+        ctx.dropout_p,
+        ctx.drop_base,
+        needs,
+        ctx.backend,
+    )
+    asked = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    return (*asked, None, None, None, None, None, None)
+
+
+scaled_forward_op.register_autograd(_scaled_backward, setup_context=_save_scaled)

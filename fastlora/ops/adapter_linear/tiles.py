@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-KERNELS = ("shrink", "main", "seed", "bwd_dy", "bwd_da", "sum")
+KERNELS = ("shrink", "main", "seed", "bwd_dy", "bwd_da", "bwd_dots", "bwd_dg", "drop", "sum")
 PARTS = ("forward", "dx")
 ALGORITHMS = ("fused", "accumulate")
 TABLE_FORMAT = "fastlora.adapter_linear.algorithm/1"
@@ -121,9 +121,16 @@ _INTERPRETED = {
     "seed": {("any", _ANY): Tile(BLOCK_M=32, BLOCK_N=32, BLOCK_K=32, BLOCK_R=32, GROUP_M=2)},
     "bwd_dy": {("any", _ANY): Tile(BLOCK_M=16, BLOCK_N=32, BLOCK_R=32)},
     "bwd_da": {("any", _ANY): Tile(BLOCK_M=16, BLOCK_K=32, BLOCK_R=32)},
+    "bwd_dots": {("any", _ANY): Tile(BLOCK_M=16, BLOCK_N=32, BLOCK_R=32)},
+    "bwd_dg": {("any", _ANY): Tile(BLOCK_M=16, BLOCK_N=16, BLOCK_K=32)},
+    "drop": {("any", _ANY): Tile(BLOCK_M=32, BLOCK_K=32)},
     "sum": {("any", _ANY): Tile(BLOCK_M=4, BLOCK_N=256)},
 }
 
+_DROP = {
+    ("any", _ANY): Tile(BLOCK_M=16, BLOCK_K=256, num_stages=1),
+    ("irregular", _ANY): Tile(BLOCK_M=16, BLOCK_K=64, num_stages=1),
+}
 _SUM = {("any", _ANY): Tile(BLOCK_M=8, BLOCK_N=256, num_stages=1)}
 
 # "irregular" serves operands that cannot be read 16 bytes at a time (see ``choose``): the compiler
@@ -158,8 +165,16 @@ _HALF = {
         ("any", _ANY): Tile(BLOCK_M=64, BLOCK_K=128, BLOCK_R=64, num_warps=8),
         ("irregular", _ANY): Tile(BLOCK_M=32, BLOCK_K=64, BLOCK_R=32),
     },
+    "bwd_dg": {
+        ("any", _ANY): Tile(BLOCK_M=64, BLOCK_N=32, BLOCK_K=64),
+        ("irregular", _ANY): Tile(BLOCK_M=32, BLOCK_N=32, BLOCK_K=32),
+    },
+    "drop": _DROP,
     "sum": _SUM,
 }
+
+
+_HALF["bwd_dots"] = _HALF["bwd_dy"]  # the same kernel; in fp32 reading y takes a smaller tile
 
 
 def _mains(
@@ -217,6 +232,15 @@ _FP32 = {
         ("any", _ANY): Tile(BLOCK_M=32, BLOCK_K=64, BLOCK_R=32, num_warps=8),
         ("irregular", _ANY): Tile(BLOCK_M=32, BLOCK_K=32, BLOCK_R=16),
     },
+    "bwd_dots": {
+        ("any", _ANY): Tile(BLOCK_M=32, BLOCK_N=32, BLOCK_R=16),
+        ("irregular", _ANY): Tile(BLOCK_M=32, BLOCK_N=32, BLOCK_R=16),
+    },
+    "bwd_dg": {
+        ("any", _ANY): Tile(BLOCK_M=32, BLOCK_N=32, BLOCK_K=32),
+        ("irregular", _ANY): Tile(BLOCK_M=16, BLOCK_N=16, BLOCK_K=32),
+    },
+    "drop": _DROP,
     "sum": _SUM,
 }
 
@@ -234,15 +258,22 @@ def shared_bytes(kernel: str, tile: Tile, dtype: torch.dtype, arch: Arch) -> int
     # older ones first copy it to registers, which frees a buffer
     buffers = max(tile.num_stages - (arch.capability not in (90, 100)), 1)
     if kernel == "main":
-        return max(buffers * (m * k + k * n) * size, (m * r + r * n) * size, m * n * size)
+        # a stage of the loop may bring k elements of a scale vector, in fp32
+        loop = buffers * ((m * k + k * n) * size + k * 4)
+        return max(loop, (m * r + r * n) * size, m * n * size)
     if kernel == "seed":
         return max((m * r + r * n) * size, m * n * size)
     if kernel == "shrink":  # x is masked in registers and goes back, at worst, to be multiplied
         return (buffers * (m * k + k * r) + m * k) * size
-    if kernel == "bwd_dy":  # B stays; dY and t are streamed; H is stored in another layout
-        return (buffers * (m * n + m * r) + n * r) * size + m * r * 4
+    if kernel in ("bwd_dy", "bwd_dots"):  # B stays; dY and t stream; H is stored in another layout
+        sums = 4 * n * 4 if kernel == "bwd_dots" else 0  # of columns, over the warps
+        return (buffers * (m * n + m * r) + n * r) * size + m * r * 4 + sums
     if kernel == "bwd_da":  # on sm_90 a block of 16 rows was seen to take what one of 32 does
         return (buffers * (k + r) + k) * max(m, 32) * size
+    if kernel == "bwd_dg":  # the sum over k of what was multiplied goes through one more region
+        return max(buffers * (m * n + m * k) * size, n * k * 4)
+    if kernel == "drop":  # the mask's draws may change their layout on the way
+        return m * k * 4
     if kernel == "sum":
         return m * n * 4
     raise ValueError(f"unknown kernel {kernel!r}; the kernels are {', '.join(KERNELS)}")

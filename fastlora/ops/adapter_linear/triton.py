@@ -2,7 +2,9 @@
 
 Five kernels: ``shrink`` (t = drop(x) Aᵀ), ``main`` (a GEMM whose accumulator starts as a rank-r
 product; forward y and dx), ``bwd_dy`` (one read of dY gives H and dB), ``bwd_da``, and ``sum``,
-which adds partial results in a fixed order. Derivation and traffic: this folder's README.
+which adds partial results in a fixed order. Two more for calls with an out_scale: ``bwd_dg`` (its
+gradient, for columns that y does not show) and ``drop``, an input under its mask. Derivation and
+traffic: this folder's README.
 x [M, K], W [N, K], A [r, K], B [N, r], y and dY [M, N], t and H [M, r], all of one compute dtype
 (fp32, fp16 or bf16) with any strides; products accumulate in fp32.
 """
@@ -18,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.ops import dropout
-from fastlora.ops.adapter_linear import tiles
-from fastlora.ops.adapter_linear.contract import Needs
+from fastlora.ops.adapter_linear import eager, tiles
+from fastlora.ops.adapter_linear.contract import Needs, doubtful
 from fastlora.ops.triton_dropout import philox_keep_tile
 
 # --------------------------------------------------------------------------------------- kernels
@@ -90,6 +92,7 @@ def adapter_linear_main_kernel(
     t_ptr,
     b_ptr,
     bias_ptr,
+    scale_ptr,
     seed_ptr,
     out_ptr,
     stride_xm,
@@ -110,6 +113,8 @@ def adapter_linear_main_kernel(
     threshold,
     HAS_PRODUCT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SCALE_IN: tl.constexpr,
+    SCALE_OUT: tl.constexpr,
     DROPOUT: tl.constexpr,
     EVEN_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -121,6 +126,7 @@ def adapter_linear_main_kernel(
 ):
     # out[m, n] = keep[m, n] * sum_r t[m, r] b[r, n] + sum_k x[m, k] w[k, n] + bias[n]
     # forward: x, Wᵀ, t, Bᵀ -> y [M, N]; backward: dY, W, H, A -> dx, whose width K is this N
+    # SCALE_OUT: out = scale[n] * (...) + bias[n]; SCALE_IN: x[m, k] scale[k] in place of x[m, k]
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -163,10 +169,16 @@ def adapter_linear_main_kernel(
                 k_mask = ks < K - k0
                 x = tl.load(x_ptrs, mask=row_mask[:, None] & k_mask[None, :], other=0.0)
                 w = tl.load(w_ptrs, mask=k_mask[:, None] & column_mask[None, :], other=0.0)
+            if SCALE_IN:
+                scale = tl.load(scale_ptr + k0 + ks, mask=ks < K - k0, other=0.0)  # [BK]
+                x = (x.to(tl.float32) * scale[None, :].to(tl.float32)).to(x.dtype)
             acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
             x_ptrs += x_step
             w_ptrs += w_step
 
+    if SCALE_OUT:
+        scale = tl.load(scale_ptr + columns, mask=column_mask, other=0.0)
+        acc *= scale[None, :].to(tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + columns * stride_bias, mask=column_mask, other=0.0)
         acc += bias[None, :].to(tl.float32)
@@ -182,12 +194,19 @@ def adapter_linear_bwd_dy_kernel(
     t_ptr,
     h_ptr,
     db_ptr,
+    y_ptr,
+    bias_ptr,
+    dots_ptr,
+    squares_ptr,
     stride_dym,
     stride_dyn,
     stride_bn,
     stride_br,
     stride_tm,
     stride_tr,
+    stride_ym,
+    stride_yn,
+    stride_bias,
     M,
     N,
     R,
@@ -195,6 +214,8 @@ def adapter_linear_bwd_dy_kernel(
     scale,
     NEED_H: tl.constexpr,
     NEED_DB: tl.constexpr,
+    NEED_DOTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -202,6 +223,8 @@ def adapter_linear_bwd_dy_kernel(
 ):
     # h[n-tile, m, r] = scale * sum over the tile's n of dY[m, n] B[n, r]; h [n-tiles, M, R]
     # db[chunk, n, r] = sum over the chunk's m of dY[m, n] t[m, r]; db [chunks, N, R]
+    # dots[chunk, n] = sum over the chunk's m of dY[m, n] (y[m, n] - bias[n]); dots [chunks, N]
+    # squares[chunk, n], with a bias, = that of (y[m, n] - bias[n])²
     tiles_r = tl.cdiv(R, BLOCK_R)
     # rank tiles are neighbours, so that they find dY in the cache
     pid_n = (tl.program_id(0) // tiles_r).to(tl.int64)
@@ -217,6 +240,12 @@ def adapter_linear_bwd_dy_kernel(
     first = chunk * ROWS_PER_CHUNK
     last = tl.minimum(M, first + ROWS_PER_CHUNK)
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    if NEED_DOTS:
+        dots = tl.zeros((BLOCK_N,), tl.float32)
+        own_mask = column_mask & (pid_r == 0)  # one rank tile reads y for all of them
+        if HAS_BIAS:
+            squares = tl.zeros((BLOCK_N,), tl.float32)
+            bias = tl.load(bias_ptr + columns * stride_bias, mask=own_mask, other=0.0)
     for m0 in range(first, last, BLOCK_M):
         rows = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)  # [BM]
         row_mask = rows < last
@@ -231,6 +260,18 @@ def adapter_linear_bwd_dy_kernel(
             t_ptrs = t_ptr + rows[:, None] * stride_tm + ranks[None, :] * stride_tr
             t = tl.load(t_ptrs, mask=row_mask[:, None] & rank_mask[None, :], other=0.0)  # [BM, BR]
             db = tl.dot(tl.trans(dy), t, db, input_precision=INPUT_PRECISION)
+        if NEED_DOTS:
+            y_ptrs = y_ptr + rows[:, None] * stride_ym + columns[None, :] * stride_yn
+            y = tl.load(y_ptrs, mask=row_mask[:, None] & own_mask[None, :], other=0.0)  # [BM, BN]
+            y = y.to(tl.float32)
+            if HAS_BIAS:
+                y = tl.where(row_mask[:, None], y - bias[None, :].to(tl.float32), 0.0)
+                squares += tl.sum(y * y, axis=0)
+            dots += tl.sum(dy.to(tl.float32) * y, axis=0)
+    if NEED_DOTS:
+        tl.store(dots_ptr + chunk.to(tl.int64) * N + columns, dots, mask=own_mask)
+        if HAS_BIAS:
+            tl.store(squares_ptr + chunk.to(tl.int64) * N + columns, squares, mask=own_mask)
     if NEED_DB:
         db_ptrs = db_ptr + (chunk.to(tl.int64) * N + columns[:, None]) * R + ranks[None, :]
         tl.store(db_ptrs, db, mask=column_mask[:, None] & rank_mask[None, :])
@@ -285,6 +326,80 @@ def adapter_linear_bwd_da_kernel(
         acc = tl.dot(h, x, acc, input_precision=INPUT_PRECISION)
     da_ptrs = da_ptr + (chunk.to(tl.int64) * R + ranks[:, None]) * K + ks[None, :]
     tl.store(da_ptrs, acc, mask=rank_mask[:, None] & k_mask[None, :])
+
+
+@triton.jit(do_not_specialize=["M"])
+def adapter_linear_bwd_dg_kernel(
+    dy_ptr,
+    x_ptr,
+    w_ptr,
+    asked_ptr,
+    dg_ptr,
+    stride_dym,
+    stride_dyn,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    M,
+    N,
+    K,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # dg[k-tile, n] = sum over the tile's k of W[n, k] sum_m dY[m, n] x[m, k]; dg [k-tiles, N]
+    # zero in a column tile in which no column is asked for, as nearly always in all of them
+    pid_n = tl.program_id(0).to(tl.int64)
+    pid_k = tl.program_id(1).to(tl.int64)
+    columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
+    ks = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)  # [BK]
+    column_mask = columns < N
+    k_mask = ks < K
+    asked = tl.load(asked_ptr + columns, mask=column_mask, other=0).to(tl.int32)
+    dg = tl.zeros((BLOCK_N,), tl.float32)
+    if tl.max(asked, axis=0) > 0:
+        acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        for m0 in range(0, M, BLOCK_M):
+            rows = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)  # [BM]
+            row_mask = rows < M
+            dy_ptrs = dy_ptr + rows[None, :] * stride_dym + columns[:, None] * stride_dyn
+            x_ptrs = x_ptr + rows[:, None] * stride_xm + ks[None, :] * stride_xk
+            dy = tl.load(dy_ptrs, mask=column_mask[:, None] & row_mask[None, :], other=0.0)
+            x = tl.load(x_ptrs, mask=row_mask[:, None] & k_mask[None, :], other=0.0)  # [BM, BK]
+            acc = tl.dot(dy, x, acc, input_precision=INPUT_PRECISION)
+        w_ptrs = w_ptr + columns[:, None] * stride_wn + ks[None, :] * stride_wk
+        w = tl.load(w_ptrs, mask=column_mask[:, None] & k_mask[None, :], other=0.0)  # [BN, BK]
+        dg = tl.sum(acc * w.to(tl.float32), axis=1)
+    tl.store(dg_ptr + pid_k * N + columns, dg, mask=column_mask)
+
+
+@triton.jit(do_not_specialize=["M", "scale", "threshold"])
+def adapter_linear_drop_kernel(
+    x_ptr,
+    out_ptr,
+    seed_ptr,
+    stride_xm,
+    stride_xk,
+    M,
+    K,
+    scale,
+    threshold,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # out[m, k] = keep[m, k] ? scale * x[m, k] : 0; out [M, K] contiguous, may be x itself
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    pid_m = (tl.program_id(0) // tiles_k).to(tl.int64)
+    pid_k = (tl.program_id(0) % tiles_k).to(tl.int64)
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
+    ks = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)  # [BK]
+    mask = (rows < M)[:, None] & (ks < K)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * stride_xm + ks[None, :] * stride_xk, mask=mask, other=0.0)
+    keep = philox_keep_tile(tl.load(seed_ptr), rows, pid_k * BLOCK_K, K, threshold, BLOCK_K)
+    kept = tl.where(keep, x.to(tl.float32) * scale, 0.0)
+    tl.store(out_ptr + rows[:, None] * K + ks[None, :], kept.to(x.dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["PARTS"])
@@ -427,10 +542,14 @@ def _main(
     bias: Tensor | None,
     level: int,
     seed: Tensor | None,
+    scale_in: Tensor | None = None,
+    scale_out: Tensor | None = None,
 ) -> Tensor:
     """out [M, N] = keep ∘ (t b) + x w + bias; x [M, K] and w [K, N] both None leave the seed alone.
 
-    t [M, r], b [r, N], bias [N]; the mask (level > 0) is that of a matrix of out's shape.
+    t [M, r], b [r, N], bias [N]; the mask (level > 0) is that of a matrix of out's shape. With
+    scale_in [K] it is x ∘ scale_in that is multiplied; scale_out [N] multiplies all but the bias.
+    One of the two at most.
     """
     (M, r), N = t.shape, b.shape[1]
     K = 0 if x is None else x.shape[1]
@@ -448,6 +567,7 @@ def _main(
         t,
         b,
         bias,
+        scale_in if scale_out is None else scale_out,
         seed if level else None,
         out,
         *((0, 0) if x is None else x.stride()),
@@ -463,6 +583,8 @@ def _main(
         level,
         HAS_PRODUCT=x is not None,
         HAS_BIAS=bias is not None,
+        SCALE_IN=scale_in is not None,
+        SCALE_OUT=scale_out is not None,
         DROPOUT=level > 0,
         EVEN_K=K % tile.BLOCK_K == 0,
         INPUT_PRECISION=_input_precision(t.dtype),
@@ -473,39 +595,61 @@ def _main(
 
 
 def _bwd_dy(
-    dy: Tensor, lora_B: Tensor | None, t: Tensor | None, scale: float
-) -> tuple[Tensor | None, Tensor | None]:
-    """H [M, r] = scale * dY B in dY's dtype if B is given, dB [N, r] fp32 = dYᵀ t if t is."""
+    dy: Tensor,
+    lora_B: Tensor | None,
+    t: Tensor | None,
+    scale: float,
+    y: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor] | None]:
+    """(H, dB, dots) from one read of dY; each None if what it takes is.
+
+    H [M, r] = scale * dY B in dY's dtype, dB [N, r] fp32 = dYᵀ t. dots = [Σ_rows dY ∘ y], or with
+    a bias [Σ_rows dY ∘ (y − bias), Σ_rows (y − bias)²], each [N] fp32.
+    """
     M, N = dy.shape
     need_h = lora_B is not None
     given = [matrix for matrix in (lora_B, t) if matrix is not None]
-    r = given[0].shape[1]
+    r = given[0].shape[1] if given else 1
     if 0 in (M, N):  # nothing to launch
         h = dy.new_zeros((M, r)) if need_h else None
-        return h, None if t is None else dy.new_zeros((N, r), dtype=torch.float32)
+        db = None if t is None else dy.new_zeros((N, r), dtype=torch.float32)
+        wanted = 1 if bias is None else 2
+        return h, db, None if y is None else [dy.new_zeros(N, dtype=torch.float32)] * wanted
     arch = _arch(dy.device)
     rows = (dy,) if r <= 16 or t is None else (dy, t)
+    rows = rows if y is None else (*rows, y)
     others = (lora_B,) if r > 16 and lora_B is not None else ()
     regular = _regular(r, (N,), rows, others)
-    tile = tiles.choose("bwd_dy", dy.dtype, M, N, 0, r, arch, regular)
+    kernel = "bwd_dy" if y is None else "bwd_dots"
+    tile = tiles.choose(kernel, dy.dtype, M, N, 0, r, arch, regular)
     tiles_n = tiles.cdiv(N, tile.BLOCK_N)
     programs = tiles_n * tiles.cdiv(r, tile.BLOCK_R)
     chunks, per_chunk = tiles.row_chunks(tile.BLOCK_M, M, programs, arch)
-    h_parts = db_parts = None
+    h_parts = db_parts = dots_parts = None
     if need_h:
         dtype = dy.dtype if tiles_n == 1 else torch.float32
         h_parts = torch.empty((tiles_n, M, r), dtype=dtype, device=dy.device)
     if t is not None:
         db_parts = torch.empty((chunks, N, r), dtype=torch.float32, device=dy.device)
+    if y is not None:
+        wanted = 1 if bias is None else 2
+        dots_parts = torch.empty((wanted, chunks, N), dtype=torch.float32, device=dy.device)
     adapter_linear_bwd_dy_kernel[(programs, chunks)](
         dy,
         lora_B,
         t,
         h_parts,
         db_parts,
+        y,
+        bias,
+        None if dots_parts is None else dots_parts[0],
+        None if dots_parts is None or bias is None else dots_parts[1],
         *dy.stride(),
         *((0, 0) if lora_B is None else lora_B.stride()),
         *((0, 0) if t is None else t.stride()),
+        *((None, None) if y is None else y.stride()),  # None: no argument of the compiled kernel
+        None if bias is None else bias.stride(0),
         M,
         N,
         r,
@@ -513,12 +657,15 @@ def _bwd_dy(
         scale,
         NEED_H=need_h,
         NEED_DB=t is not None,
+        NEED_DOTS=y is not None,
+        HAS_BIAS=bias is not None,
         INPUT_PRECISION=_input_precision(dy.dtype),
         **_options(tile, "BLOCK_M", "BLOCK_N", "BLOCK_R"),
     )
     h = None if h_parts is None else _sum(h_parts, dy.dtype)
     db = None if db_parts is None else _sum(db_parts, torch.float32)
-    return h, db
+    dots = None if dots_parts is None else [_sum(parts, torch.float32) for parts in dots_parts]
+    return h, db, dots
 
 
 def _bwd_da(h: Tensor, x: Tensor, level: int, seed: Tensor | None) -> Tensor:
@@ -549,6 +696,58 @@ def _bwd_da(h: Tensor, x: Tensor, level: int, seed: Tensor | None) -> Tensor:
         **_options(tile, "BLOCK_M", "BLOCK_K", "BLOCK_R"),
     )
     return _sum(parts, torch.float32)
+
+
+def _bwd_dg(dy: Tensor, x: Tensor, weight: Tensor, asked: Tensor) -> Tensor:
+    """Σ_rows dY ∘ (x Wᵀ) [N] fp32 where asked [N] bool; elsewhere anything finite.
+
+    It never waits to learn whether a column is asked for: the kernel looks, and nearly always ends.
+    """
+    (M, K), N = x.shape, weight.shape[0]
+    arch = _arch(x.device)
+    regular = _regular(16, (N, K), (dy, x), (weight,))
+    tile = tiles.choose("bwd_dg", x.dtype, M, N, K, 16, arch, regular)
+    tiles_k = tiles.cdiv(K, tile.BLOCK_K)
+    parts = torch.empty((tiles_k, N), dtype=torch.float32, device=x.device)
+    adapter_linear_bwd_dg_kernel[(tiles.cdiv(N, tile.BLOCK_N), tiles_k)](
+        dy,
+        x,
+        weight,
+        asked,
+        parts,
+        *dy.stride(),
+        *x.stride(),
+        *weight.stride(),
+        M,
+        N,
+        K,
+        INPUT_PRECISION=_input_precision(x.dtype),
+        **_options(tile, "BLOCK_M", "BLOCK_N", "BLOCK_K"),
+    )
+    return _sum(parts, torch.float32)
+
+
+def _drop(
+    x: Tensor, scale: float, level: int, seed: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """scale * drop(x) [M, K], contiguous; into ``out`` if given, which may be x."""
+    M, K = x.shape
+    if out is None:
+        out = torch.empty((M, K), dtype=x.dtype, device=x.device)
+    regular = _regular(16, (K,), (x,), ())
+    tile = tiles.choose("drop", x.dtype, M, 0, K, 16, _arch(x.device), regular)
+    adapter_linear_drop_kernel[(tiles.cdiv(M, tile.BLOCK_M) * tiles.cdiv(K, tile.BLOCK_K),)](
+        x,
+        out,
+        seed,
+        *x.stride(),
+        M,
+        K,
+        scale,
+        level,
+        **_options(tile, "BLOCK_M", "BLOCK_K"),
+    )
+    return out
 
 
 def _on_device(x: Tensor) -> Any:
@@ -622,10 +821,10 @@ def backward(
         if needs.x or needs.lora_A:
             assert lora_B is not None
             own_t = t if needs.lora_B else None
-            h, db = _bwd_dy(dy, lora_B, own_t, _scale(scaling, level))
+            h, db, _ = _bwd_dy(dy, lora_B, own_t, _scale(scaling, level))
         elif needs.lora_B:
             assert t is not None
-            _, db = _bwd_dy(dy, None, t, 1.0)
+            _, db, _ = _bwd_dy(dy, None, t, 1.0)
         if needs.lora_A:
             assert x is not None and h is not None
             da = _bwd_da(h, x, level, seed)
@@ -640,3 +839,144 @@ def backward(
                 dx = _main(None, None, h, lora_A, None, level, seed) if level else h @ lora_A
                 dx.addmm_(dy, weight)
     return dx, dweight, da, db, dbias
+
+
+def _up(x: Tensor, w: Tensor, t: Tensor, b: Tensor, bias: Tensor | None, part: str) -> Tensor:
+    """t b + x w + bias [M, N] by the algorithm of ``part``. x [M, K], w [K, N], t, b [r, N]."""
+    (M, K), (r, N) = x.shape, b.shape
+    own = (N, K) if part == "forward" else (K, N)
+    if tiles.algorithm(part, x.dtype, M, *own, r, _arch(x.device)) == "fused":
+        return _main(x, w, t, b, bias, 0, None)
+    out = torch.mm(t, b) if bias is None else torch.addmm(bias, t, b)
+    return out.addmm_(x, w)
+
+
+def scaled_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    *,
+    out_scale: Tensor,
+    drop_base: bool,
+    need_t: bool,
+    need_z: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y [M, N] = g ∘ (x Wᵀ + t Bᵀ) + bias, t as in ``forward``, and None.
+
+    With ``drop_base`` y = x Wᵀ + t Bᵀ + bias + (g − 1) ∘ z; z = drop(x) Wᵀ + t Bᵀ [M, N] is the
+    third result if ``need_z``. out_scale g [N] in x's dtype or fp32.
+    """
+    (M, K), (N, r) = x.shape, lora_B.shape
+    if 0 in (M, N, K):  # nothing to launch, or nothing to sum over
+        return eager.scaled_forward(
+            x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed,
+            out_scale=out_scale, drop_base=drop_base, need_t=need_t, need_z=need_z,
+        )  # fmt: skip
+    level = _threshold(dropout_p, seed)
+    out_scale = out_scale.contiguous()
+    z = None
+    with _on_device(x):
+        t = _shrink(x, lora_A, scaling, level, seed)
+        if drop_base:
+            y = _up(x, weight.t(), t, lora_B.t(), bias, "forward")
+            dropped = _drop(x, _scale(1.0, level), level, seed)
+            z = _up(dropped, weight.t(), t, lora_B.t(), None, "forward")
+            y.addcmul_(z, eager.less_one(out_scale, x.dtype))
+        elif tiles.algorithm("forward", x.dtype, M, N, K, r, _arch(x.device)) == "fused":
+            y = _main(x, weight.t(), t, lora_B.t(), bias, 0, None, scale_out=out_scale)
+        else:
+            y = torch.mm(t, lora_B.t()).addmm_(x, weight.t())
+            eager.scale_columns(y, out_scale, bias)
+    return y, t if need_t else None, z if need_z else None
+
+
+def scaled_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    t: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Needs,
+    *,
+    out_scale: Tensor,
+    drop_base: bool,
+    bias: Tensor | None,
+    read: Tensor | None,
+) -> tuple[
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+]:
+    """(dx, dweight, dA, dB, dbias, dg) of ``scaled_forward``, None for what is not asked for.
+
+    dg [N] is asked for by ``read``, from which it is read: y, for which x, weight, lora_B, t and
+    the bias (if there was one) must come too; with ``drop_base`` z, which suffices. The rest is as
+    in ``backward``; dg comes in fp32.
+    """
+    M, N = dy.shape
+    wide = x if x is not None else lora_A
+    if 0 in (M, N) or (wide is not None and wide.shape[1] == 0):
+        return eager.scaled_backward(
+            dy, x, weight, lora_A, lora_B, t, scaling, dropout_p, seed, needs,
+            out_scale=out_scale, drop_base=drop_base, bias=bias, read=read,
+        )  # fmt: skip
+    if 0 in dy.stride():
+        dy = dy.contiguous()
+    out_scale = out_scale.contiguous()
+    dx = dweight = da = db = dbias = dg = h = product = None
+    read_off_y = read is not None and not drop_base
+    if needs.bias:
+        dbias = dy.sum(0, dtype=torch.float32)
+    level = _threshold(dropout_p, seed)
+    # what the adapter's part is multiplied with: dYg B = dY (g ∘ B)
+    scaled_B = None
+    if needs.x or needs.lora_A:
+        assert lora_B is not None
+        scaled_B = eager.times(lora_B, out_scale[:, None])
+    with _on_device(dy):
+        own_t = t if needs.lora_B or read_off_y else None
+        if scaled_B is not None or own_t is not None or read is not None:
+            own_bias = bias if read_off_y else None
+            h, product, dots = _bwd_dy(dy, scaled_B, own_t, _scale(scaling, level), read, own_bias)
+            dg = dots[0] if dots is not None else None
+            if read_off_y:
+                assert x is not None and weight is not None and lora_B is not None
+                assert product is not None and dots is not None
+                mean_square = None if bias is None else dots[1] / M
+                unread = doubtful(out_scale, bias, mean_square, dy.dtype)
+                exact = (product * lora_B).sum(1).add_(_bwd_dg(dy, x, weight, unread))
+                dg = torch.where(unread, exact, dots[0] / out_scale)
+        if needs.lora_B:
+            assert product is not None
+            db = product * out_scale[:, None]
+        if needs.lora_A:
+            assert x is not None and h is not None
+            da = _bwd_da(h, x, level, seed)
+        if needs.weight:
+            assert x is not None
+            dweight = torch.mm(dy.t(), x)
+            if drop_base:
+                past = torch.mm(dy.t(), _drop(x, _scale(1.0, level), level, seed))
+                dweight.addcmul_(past, eager.less_one(out_scale, dy.dtype)[:, None])
+            else:
+                dweight.mul_(out_scale[:, None])
+        if needs.x:
+            assert weight is not None and lora_A is not None and h is not None
+            r, K = lora_A.shape
+            if drop_base:
+                extra = eager.less_one(out_scale, torch.float32) * _scale(1.0, level)
+                dx = _up(eager.times(dy, extra), weight, h, lora_A, None, "dx")
+                dx = _drop(dx, 1.0, level, seed, out=dx).addmm_(dy, weight)
+            elif tiles.algorithm("dx", dy.dtype, M, N, K, r, _arch(dy.device)) == "fused":
+                dx = _main(dy, weight, h, lora_A, None, level, seed, scale_in=out_scale)
+            else:
+                dx = _main(None, None, h, lora_A, None, level, seed) if level else h @ lora_A
+                dx.addmm_(eager.times(dy, out_scale), weight)
+    return dx, dweight, da, db, dbias, dg

@@ -7,6 +7,7 @@ import torch
 from fastlora.ops.adapter_linear.reference import adapter_linear_reference
 
 NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
+VECTORS = ("out_scale", "mid_scale", "adapter_scale")
 
 
 def operands(
@@ -28,13 +29,31 @@ def operands(
     }
 
 
-def exact(tensors, scaling, dy, keep=None, keep_scale=1.0):
+def vectors(tensors, which=VECTORS, dtype=None, zeros=False, seed=1):
+    """The scale vectors named, for these operands; ``zeros`` puts a few into each."""
+    generator = torch.Generator().manual_seed(seed)
+    n, r = tensors["lora_B"].shape
+    made = {
+        "out_scale": torch.rand(n, generator=generator, dtype=torch.float64) + 0.5,
+        "mid_scale": torch.randn(r, generator=generator, dtype=torch.float64),
+        "adapter_scale": torch.randn(n, generator=generator, dtype=torch.float64),
+    }
+    made["out_scale"][1::3] *= -1
+    if zeros:
+        for vector in made.values():
+            vector[::5] = 0.0
+    return {name: made[name].to(dtype or tensors["x"].dtype) for name in which}
+
+
+def exact(tensors, scaling, dy, keep=None, keep_scale=1.0, drop_base=False):
     """y and the gradients for dy in float64: {"y": …, "x": …, "weight": …, …}."""
     wide = {
         name: None if t is None else t.detach().double().requires_grad_()
         for name, t in tensors.items()
     }
-    y = adapter_linear_reference(scaling=scaling, keep=keep, keep_scale=keep_scale, **wide)
+    y = adapter_linear_reference(
+        scaling=scaling, keep=keep, keep_scale=keep_scale, drop_base=drop_base, **wide
+    )
     y.backward(dy.double())
     return {"y": y.detach()} | {n: t.grad for n, t in wide.items() if t is not None}
 

@@ -4,14 +4,14 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlora.ops import adapter_linear
 from fastlora.ops.adapter_linear import BACKENDS
 from fastlora.ops.backend import Situation
 from fastlora.ops.dropout import draw_seed, keep_scale, stream_keep
-from tests.ops.adapter_linear.cases import NAMES, error, exact, operands
+from tests.ops.adapter_linear.cases import NAMES, VECTORS, error, exact, operands, vectors
 
 CPU = torch.device("cpu")
 RUNNABLE = {
@@ -25,10 +25,10 @@ def test_both_forms_are_under_test_here():
     assert ("onednn" in RUNNABLE) == torch.backends.mkldnn.is_available() and "eager" in RUNNABLE
 
 
-def run(tensors, scaling, dy, backend, p=0.0, seed=3):
+def run(tensors, scaling, dy, backend, p=0.0, seed=3, **options):
     torch.manual_seed(seed)
     leaves = {n: None if t is None else t.detach().requires_grad_() for n, t in tensors.items()}
-    y = adapter_linear(scaling=scaling, dropout_p=p, backend=backend, **leaves)
+    y = adapter_linear(scaling=scaling, dropout_p=p, backend=backend, **leaves, **options)
     y.backward(dy)
     return {"y": y.detach()} | {n: t.grad for n, t in leaves.items() if t is not None}
 
@@ -115,14 +115,14 @@ def test_half_precision(dtype, adapter_dtype, p):
         assert error(got[name], value) <= allowed, name
 
 
-def exact_in(tensors, dtype, scaling, dy, drawn):
+def exact_in(tensors, dtype, scaling, dy, drawn, drop_base=False):
     """The reference computed in ``dtype`` all the way: the same-dtype eager of the error rule."""
     from fastlora.ops.adapter_linear.reference import adapter_linear_reference
 
     leaves = {
         n: None if t is None else t.detach().to(dtype).requires_grad_() for n, t in tensors.items()
     }
-    y = adapter_linear_reference(scaling=scaling, **leaves, **drawn)
+    y = adapter_linear_reference(scaling=scaling, drop_base=drop_base, **leaves, **drawn)
     y.backward(dy)
     return {"y": y.detach()} | {n: t.grad for n, t in leaves.items() if t is not None}
 
@@ -162,3 +162,136 @@ def test_it_is_deterministic(backend):
     dy = torch.randn(129, 520, generator=torch.Generator().manual_seed(9))
     first, second = (run(tensors, 2.0, dy, backend, 0.1) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---------------------------------------------------------------------------- calls with vectors
+
+VECTOR_SETS = [w for n in (1, 2, 3) for w in itertools.combinations(VECTORS, n)]
+
+
+@pytest.mark.parametrize("backend", FORMS)
+@settings(max_examples=100)
+@given(
+    leading=st.sampled_from([(0,), (1,), (7,), (2, 3), (2, 0, 3), (65,), ()]),
+    k=st.integers(1, 40),
+    n=st.integers(1, 40),
+    r=st.sampled_from([1, 2, 8, 33]),
+    bias=st.booleans(),
+    which=st.sampled_from(VECTOR_SETS),
+    zeros=st.booleans(),
+    p=st.sampled_from([0.0, 0.1, 0.5]),
+    drop_base=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_vectors(backend, leading, k, n, r, bias, which, zeros, p, drop_base, dtype):
+    if backend == "onednn" and dtype == torch.float64:
+        return
+    drop_base = drop_base and "out_scale" in which
+    tensors = operands(leading, k, n, r, bias, dtype)
+    tensors |= vectors(tensors, which, zeros=zeros)
+    dy = torch.randn(*leading, n, generator=torch.Generator().manual_seed(9)).to(dtype)
+    got = run(tensors, 0.7, dy, backend, p, drop_base=drop_base)
+    expected = exact(tensors, 0.7, dy, **mask(tensors, p), drop_base=drop_base)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for name, value in expected.items():
+        assert got[name].dtype == dtype and got[name].shape == value.shape
+        assert error(got[name], value) <= tolerance, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vector_dtype", [None, torch.float32])
+@pytest.mark.parametrize("p, drop_base", [(0.0, False), (0.25, False), (0.25, True)])
+@pytest.mark.parametrize("bias_size, x_size", [(0.0, 1.0), (1.0, 1.0), (30.0, 1.0), (1.0, 0.02)])
+def test_vectors_in_half_precision(dtype, vector_dtype, p, drop_base, bias_size, x_size):
+    """The error stays within twice (backward: three times) the plain formula's in that dtype.
+
+    Also where the bias is so large that y, rounded, no longer shows what out_scale multiplied.
+    """
+    tensors = operands((40,), k=96, n=80, r=8, dtype=dtype, adapter_dtype=vector_dtype)
+    tensors["bias"] = tensors["bias"] * bias_size if bias_size else None
+    tensors["x"] *= x_size
+    tensors |= vectors(tensors, dtype=vector_dtype, zeros=True)
+    dy = torch.randn(40, 80, generator=torch.Generator().manual_seed(9)).to(dtype)
+    drawn = mask(tensors, p)
+    got = run(tensors, 2.0, dy, "eager", p, drop_base=drop_base)
+    expected = exact(tensors, 2.0, dy, **drawn, drop_base=drop_base)
+    plain = exact_in(tensors, dtype, 2.0, dy, drawn, drop_base)
+    eps = torch.finfo(dtype).eps
+    for name, value in expected.items():
+        assert got[name].dtype == (tensors[name].dtype if name in tensors else dtype), name
+        allowed = (2 if name == "y" else 3) * error(plain[name], value) + eps
+        assert error(got[name], value) <= allowed, name
+
+
+@pytest.mark.parametrize("backend", FORMS)
+@given(
+    wanted=st.tuples(*[st.booleans()] * 8).filter(any),
+    p=st.sampled_from([0.0, 0.3]),
+    drop_base=st.booleans(),
+)
+def test_only_the_gradients_asked_for_with_vectors(backend, wanted, p, drop_base):
+    tensors = operands((6,))
+    tensors |= vectors(tensors, zeros=True)
+    dy = torch.randn(6, 20, generator=torch.Generator().manual_seed(9))
+    expected = exact(tensors, 2.0, dy, **mask(tensors, p), drop_base=drop_base)
+    flags = dict(zip(tensors, wanted, strict=True))
+    leaves = {n: t.detach().requires_grad_(flags[n]) for n, t in tensors.items()}
+    torch.manual_seed(3)
+    y = adapter_linear(scaling=2.0, dropout_p=p, backend=backend, drop_base=drop_base, **leaves)
+    y.backward(dy)
+    for name, asked in flags.items():
+        assert (leaves[name].grad is not None) == asked
+        if asked:
+            assert error(leaves[name].grad, expected[name]) <= 1e-5, (name, wanted)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-6, 1e30])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_gradient_of_out_scale_where_y_does_not_show_it(size, bias):
+    """g zero, tiny or huge beside the bias: those columns are computed again, the rest read off."""
+    tensors = operands((30,), bias=bias)
+    tensors |= vectors(tensors, ("out_scale",))
+    tensors["out_scale"][::4] *= size
+    dy = torch.randn(30, 20, generator=torch.Generator().manual_seed(9))
+    dy[:, tensors["out_scale"].abs() > 1e20] *= 1e-20  # leaves the other gradients finite
+    got = run(tensors, 2.0, dy, "eager")["out_scale"].double()
+    expected = exact(tensors, 2.0, dy)["out_scale"]
+    size_of_dy = dy.double().abs().amax(0)
+    assert ((got - expected).abs() <= 1e-5 * expected.abs().max() * size_of_dy).all()
+
+
+@pytest.mark.parametrize("size", [1e-7, 3e4])
+def test_the_gradient_of_out_scale_where_float16_has_no_room_for_y(size):
+    tensors = operands((30,), dtype=torch.float16, bias=False)
+    tensors |= vectors(tensors, ("out_scale",), dtype=torch.float32)
+    tensors["out_scale"] *= size
+    dy = torch.randn(30, 20, generator=torch.Generator().manual_seed(9)).half()
+    got = run(tensors, 2.0, dy, "eager")["out_scale"]
+    plain = exact_in(tensors, torch.float16, 2.0, dy, {})["out_scale"]
+    expected = exact(tensors, 2.0, dy)["out_scale"]
+    allowed = 3 * error(plain, expected) + torch.finfo(torch.float16).eps
+    assert error(got, expected) <= allowed
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_out_scale_that_is_not_finite_spoils_its_own_row_only(value):
+    tensors = operands((6,))
+    tensors |= vectors(tensors, ("out_scale",))
+    tensors["out_scale"][3] = value
+    dy = torch.randn(6, 20, generator=torch.Generator().manual_seed(9))
+    got = run(tensors, 2.0, dy, "eager")
+    expected = exact(tensors, 2.0, dy)
+    others = torch.arange(20) != 3
+    assert torch.isfinite(got["y"][:, others]).all() and not torch.isfinite(got["y"][:, 3]).any()
+    assert error(got["out_scale"], expected["out_scale"]) <= 1e-5
+    assert torch.isfinite(got["lora_B"][others]).all()
+
+
+@pytest.mark.parametrize("backend", FORMS)
+@pytest.mark.parametrize("drop_base", [False, True])
+def test_no_unwritten_memory_shows_with_vectors(backend, drop_base, poison):
+    tensors = operands((70,), k=65, n=67, r=3)
+    tensors |= vectors(tensors, zeros=True)
+    got = run(tensors, 2.0, torch.ones(70, 67), backend, 0.3, drop_base=drop_base)
+    for name, value in got.items():
+        assert torch.isfinite(value).all(), name

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ import fastlora
 from fastlora.ops import adapter_linear
 from fastlora.ops.adapter_linear.reference import adapter_linear_reference
 from fastlora.ops.dropout import draw_seed, keep_scale, philox_keep
-from tests.ops.adapter_linear.cases import NAMES, error, exact, operands
+from tests.ops.adapter_linear.cases import NAMES, VECTORS, error, exact, operands, vectors
 
 
-def saved_bytes(dropout_p=0.0, **tensors):
+def saved_bytes(dropout_p=0.0, drop_base=False, **tensors):
     """Bytes kept for backward by one call, the parameters' own storages not counted."""
     parameters = {
         t.untyped_storage().data_ptr() for n, t in tensors.items() if n != "x" and t is not None
@@ -28,7 +29,9 @@ def saved_bytes(dropout_p=0.0, **tensors):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = adapter_linear(scaling=2.0, dropout_p=dropout_p, backend="eager", **tensors)
+        y = adapter_linear(
+            scaling=2.0, dropout_p=dropout_p, drop_base=drop_base, backend="eager", **tensors
+        )
     assert y.requires_grad
     return sum(kept.values())
 
@@ -48,6 +51,43 @@ def saved_bytes(dropout_p=0.0, **tensors):
 def test_only_what_the_gradients_need_is_saved(trained, floats_per_token):
     tensors = {n: t.requires_grad_(n in trained) for n, t in operands((50,)).items()}
     assert saved_bytes(**tensors) == 50 * floats_per_token * 4
+
+
+X, T, Y = 24, 4, 20  # floats a token: the input, the product of rank 4, an [M, N]
+
+
+@pytest.mark.parametrize(
+    "trained, given, p, drop_base, floats_per_token",
+    [
+        # VeRA: no input is kept, whether or not x itself has a gradient
+        ({"mid_scale", "adapter_scale"}, {"mid_scale", "adapter_scale"}, 0.0, False, T),
+        ({"x", "mid_scale", "adapter_scale"}, {"mid_scale", "adapter_scale"}, 0.0, False, T),
+        ({"adapter_scale"}, {"adapter_scale"}, 0.0, False, T),
+        # AdaLoRA: what LoRA keeps
+        ({"lora_A", "lora_B", "mid_scale"}, {"mid_scale"}, 0.0, False, X + T),
+        # DoRA: y besides, which the next layer mostly keeps anyway
+        ({"x", "lora_A", "lora_B", "out_scale"}, {"out_scale"}, 0.0, False, X + T + Y),
+        ({"x", "lora_A", "lora_B", "out_scale"}, {"out_scale"}, 0.3, False, X + T + Y),
+        ({"x", "lora_A", "lora_B", "out_scale"}, {"out_scale"}, 0.3, True, X + T + Y),
+        ({"out_scale"}, {"out_scale"}, 0.3, True, Y),
+        ({"out_scale"}, {"out_scale"}, 0.0, True, X + T + Y),  # drop_base means nothing here
+        # an out_scale that is not trained keeps nothing of its own
+        ({"lora_A", "lora_B"}, {"out_scale"}, 0.0, False, X + T),
+        ({"lora_A", "lora_B"}, {"out_scale"}, 0.3, True, X + T),
+        # LoRA-FA with AdaLoRA's vector; nothing but the input's gradient; the bias alone
+        ({"lora_B", "mid_scale"}, {"mid_scale"}, 0.0, False, T),
+        ({"x"}, {"out_scale", "mid_scale", "adapter_scale"}, 0.0, False, 0),
+        ({"bias"}, {"out_scale", "mid_scale", "adapter_scale"}, 0.0, False, 0),
+    ],
+)
+def test_with_vectors_only_what_the_gradients_need_is_saved(
+    trained, given, p, drop_base, floats_per_token
+):
+    tensors = operands((50,))
+    tensors |= vectors(tensors, sorted(given))
+    tensors = {n: t.requires_grad_(n in trained) for n, t in tensors.items()}
+    seed = 8 if p else 0
+    assert saved_bytes(p, drop_base, **tensors) == 50 * floats_per_token * 4 + seed
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -163,6 +203,21 @@ def test_recomputation_on_another_backend_never_mixes_masks():
         run(0.5, determinism_check="none")
 
 
+@pytest.mark.parametrize("p, drop_base", [(0.0, False), (0.5, True)])
+def test_the_formula_under_transforms_takes_vectors_too(p, drop_base):
+    t = operands((6,))
+    t |= vectors(t)
+    torch.manual_seed(2)
+    plain = adapter_linear(scaling=2.0, **t)
+    rows = torch.func.vmap(
+        lambda x: adapter_linear(scaling=2.0, dropout_p=p, drop_base=drop_base, **(t | {"x": x})),
+        randomness="different",
+    )(t["x"].expand(4000, 6, 24))
+    assert rows.shape == (4000, 6, 20)
+    spread = 5 * rows.std(0) / 4000**0.5 + 1e-5
+    assert ((rows.mean(0) - plain).abs() <= spread).all()
+
+
 def test_transforms_and_odd_tensors_run_the_formula():
     t = operands((6,))
     x, rest = t["x"], (t["weight"], t["lora_A"], t["lora_B"], 2.0, t["bias"])
@@ -205,6 +260,117 @@ def test_an_operand_changed_in_place_before_backward_is_noticed():
     t["lora_B"].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("leading", [(5,), (2, 3), ()])
+def test_an_output_changed_in_place_is_noticed_where_it_is_needed(leading):
+    t = operands(leading)
+    t |= vectors(t)
+    for name, refused in (("lora_B", False), ("out_scale", True)):
+        leaves = {n: v.detach().requires_grad_(n == name) for n, v in t.items()}
+        y = adapter_linear(scaling=2.0, **leaves)
+        assert not y._is_view()
+        y.mul_(2)
+        if refused:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.sum().backward()
+        else:
+            y.sum().backward()
+
+
+def test_a_saved_output_is_freed_without_the_garbage_collector():
+    """y is kept by its own node: no circle of references may hold it."""
+    t = operands((5,))
+    t = {n: v.requires_grad_() for n, v in (t | vectors(t)).items()}
+    gc.collect()
+    gc.disable()
+    try:
+        y = adapter_linear(scaling=2.0, **t)
+        alive = weakref.ref(y)
+        del y
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("p, drop_base", [(0.0, False), (0.4, False), (0.4, True)])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_with_vectors(reentrant, p, drop_base):
+    def run(wrap):
+        t = operands((30,))
+        t = {n: v.requires_grad_() for n, v in (t | vectors(t, zeros=True)).items()}
+        torch.manual_seed(5)
+        others = {n: v for n, v in t.items() if n != "x"}
+
+        def call(x):
+            return adapter_linear(x, scaling=2.0, dropout_p=p, drop_base=drop_base, **others)
+
+        y = checkpoint(call, t["x"], use_reentrant=reentrant) if wrap else call(t["x"])
+        y.square().sum().backward()
+        return [y.detach()] + [v.grad for v in t.values()]
+
+    for plain, replayed in zip(run(False), run(True), strict=True):
+        assert torch.equal(plain, replayed)
+
+
+@pytest.mark.parametrize("drop_base", [False, True])
+def test_a_retained_graph_with_vectors(drop_base):
+    t = operands((30,))
+    t = {n: v.requires_grad_() for n, v in (t | vectors(t, zeros=True)).items()}
+    y = adapter_linear(scaling=2.0, dropout_p=0.3, drop_base=drop_base, **t)
+    inputs = list(t.values())
+    first = torch.autograd.grad(y.sum(), inputs, retain_graph=True)
+    second = torch.autograd.grad(y.sum(), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_with_vectors(dtype):
+    t = operands((9,))
+    t = {n: v.requires_grad_() for n, v in (t | vectors(t)).items()}
+    with torch.autocast("cpu", dtype):
+        y = adapter_linear(scaling=2.0, **t)
+    assert y.dtype == dtype
+    y.float().sum().backward()
+    assert all(v.grad.dtype == torch.float32 for v in t.values())
+    half = {n: v.detach().to(v.dtype if n in VECTORS else dtype) for n, v in t.items()}
+    direct = adapter_linear(scaling=2.0, **half | {"lora_B": t["lora_B"].detach()})
+    assert torch.equal(y, direct)
+
+
+@pytest.mark.parametrize("vector", VECTORS)
+def test_a_vector_of_ones_changes_nothing(vector):
+    t = operands((9,))
+    ones = torch.ones_like(vectors(t)[vector])
+    with_ones = adapter_linear(scaling=2.0, **t, **{vector: ones})
+    assert error(with_ones, adapter_linear(scaling=2.0, **t).double()) <= 1e-6
+
+
+@pytest.mark.parametrize("p, drop_base", [(0.0, False), (0.3, False), (0.3, True)])
+def test_the_kernels_give_every_gradient_with_vectors(p, drop_base):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = operands((2, 3))
+    tensors |= vectors(tensors, zeros=True)
+    tensors = {n: v.to(device) for n, v in tensors.items()}
+    dy = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(9)).to(device)
+    drawn = {}
+    if p:
+        torch.manual_seed(3)
+        keep = philox_keep((6, 24), p, draw_seed(device)).view(2, 3, 24)
+        drawn = {"keep": keep, "keep_scale": keep_scale(p)}
+    expected = exact(tensors, 2.0, dy, **drawn, drop_base=drop_base)
+    for wanted in (set(tensors), set(VECTORS), {"out_scale"}, {"x", "mid_scale"}, {"lora_A"}):
+        leaves = {n: v.detach().requires_grad_(n in wanted) for n, v in tensors.items()}
+        torch.manual_seed(3)
+        y = adapter_linear(
+            scaling=2.0, dropout_p=p, drop_base=drop_base, backend="triton", **leaves
+        )
+        assert error(y.detach(), expected["y"]) <= 1e-5
+        y.backward(dy)
+        for name, leaf in leaves.items():
+            assert (leaf.grad is not None) == (name in wanted)
+            if name in wanted:
+                assert error(leaf.grad, expected[name]) <= 1e-5, (name, wanted)
 
 
 def test_a_second_derivative_is_refused():
@@ -277,6 +443,39 @@ def test_a_compiled_call_saves_no_more_than_an_eager_one(trained):
         assert error(tensors[name].grad, expected[name]) <= 1e-5
 
 
+@pytest.mark.parametrize("p, drop_base", [(0.0, False), (0.2, True)])
+def test_it_compiles_whole_with_vectors(p, drop_base):
+    t = operands((6,), k=16, n=12)
+    t |= vectors(t, zeros=True)
+    counted = []
+
+    def backend(graph, inputs):
+        counted.append(len(graph.graph.nodes))
+        return graph
+
+    torch._dynamo.reset()
+    names = [n for n in t if n != "x"]
+
+    def call(x, *others):
+        named = dict(zip(names, others, strict=True))
+        return adapter_linear(x, scaling=2.0, dropout_p=p, drop_base=drop_base, **named) * 2
+
+    compiled = torch.compile(call, backend=backend, fullgraph=True, dynamic=True)
+    for rows in (6, 9, 33):
+        t["x"] = operands((rows,), k=16)["x"]
+        leaves = {n: v.detach().requires_grad_() for n, v in t.items()}
+        y = compiled(leaves["x"], *(leaves[n] for n in names))
+        dy = torch.randn(rows, 12, generator=torch.Generator().manual_seed(9))
+        y.backward(dy)
+        if p == 0.0:
+            expected = exact(t, 2.0, 2 * dy)
+            assert error(y.detach() / 2, expected.pop("y")) <= 1e-5
+            for name, value in expected.items():
+                assert error(leaves[name].grad, value) <= 1e-5, name
+        assert all(torch.isfinite(leaf.grad).all() for leaf in leaves.values())
+    assert len(counted) == 1
+
+
 def change(**changes):
     def make():
         return (
@@ -339,6 +538,28 @@ def test_autocast_does_not_let_integers_in(spoiled):
         (change(dropout_p=lambda: 1.0), ValueError, r"dropout_p must be in \[0, 1\), not 1.0"),
         (change(dropout_p=lambda: -0.1), ValueError, "dropout_p"),
         (change(dropout_p=lambda: float("nan")), ValueError, "dropout_p"),
+        (change(out_scale=lambda: torch.ones(24)), ValueError, r"out_scale .* must be \[20\]"),
+        (change(out_scale=lambda: torch.ones(20, 1)), ValueError, r"has shape \[20, 1\]"),
+        (change(mid_scale=lambda: torch.ones(20)), ValueError, r"mid_scale .* must be \[4\]"),
+        (change(mid_scale=lambda: torch.ones(4, 1)), ValueError, r"mid_scale .* must be \[4\]"),
+        (change(adapter_scale=lambda: torch.tensor(1.0)), ValueError, r"has shape \[\]"),
+        (
+            change(adapter_scale=lambda: torch.ones(20).double()),
+            TypeError,
+            "adapter_scale is torch.float64; over a torch.float32 base it must be torch.float32",
+        ),
+        (change(mid_scale=lambda: torch.ones(4).half()), TypeError, "mid_scale is torch.float16"),
+        (
+            change(out_scale=lambda: torch.ones(20, device="meta")),
+            ValueError,
+            "out_scale is on meta but x is on cpu",
+        ),
+        (change(drop_base=lambda: True), ValueError, "drop_base=True needs an out_scale"),
+        (
+            change(drop_base=lambda: True, dropout_p=lambda: 0.1, mid_scale=lambda: torch.ones(4)),
+            ValueError,
+            "drop_base=True needs an out_scale",
+        ),
     ],
 )
 def test_bad_input_is_refused_with_a_sentence(make, error_type, words):
@@ -364,3 +585,26 @@ def test_the_registered_operators_pass_torchs_own_checks(p, needed):
     inputs = [v.requires_grad_(bool(w)) for v, w in zip(t.values(), needed, strict=True)]
     seed = draw_seed("cpu") if p else None
     torch.library.opcheck(forward_op, (*inputs, 2.0, p, seed, "eager"))
+
+
+@pytest.mark.parametrize(
+    "which, needed, p, drop_base",
+    [
+        (VECTORS, range(8), 0.3, True),
+        (VECTORS, range(8), 0.0, False),
+        (("mid_scale", "adapter_scale"), (6, 7), 0.3, False),
+        (("out_scale",), (0, 2, 3, 5), 0.0, False),
+    ],
+)
+def test_the_registered_operators_with_vectors(which, needed, p, drop_base):
+    from fastlora.ops.adapter_linear.registered import scaled_forward_op
+
+    t = operands((2, 3))
+    given = vectors(t, which)
+    inputs = [*t.values(), *(given.get(name) for name in VECTORS)]
+    inputs = [
+        v if v is None else v.detach().requires_grad_(i in needed) for i, v in enumerate(inputs)
+    ]
+    seed = draw_seed("cpu") if p else None
+    arguments = (*inputs, 2.0, p, seed, drop_base, drop_base and 5 in needed, "eager")
+    torch.library.opcheck(scaled_forward_op, arguments)

@@ -7,6 +7,7 @@ bf16 is left to a GPU: the interpreter's bf16 ``tl.dot`` is wrong.
 """
 
 import os
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -80,12 +81,12 @@ def formula(inputs, dy, p, seed, dtype):
     return y.detach(), torch.autograd.grad(y, leaves, dy.to(dtype))
 
 
-def assert_close(got, exact, plain, factor, what):
-    """The rule in this module's docstring."""
+def assert_close(got, exact, plain, factor, what, least=0.0):
+    """The rule in this module's docstring; elements count as being of size ``least`` at least."""
     assert got.shape == exact.shape, what
     if exact.numel() == 0:
         return
-    size = exact.abs().max().item()
+    size = max(exact.abs().max().item(), least)
     error = (got.double() - exact).abs().max().item()
     assert error == error, f"{what} holds NaN"
     if plain.dtype == torch.float32:
@@ -375,3 +376,130 @@ def test_an_address_between_16_bytes_is_irregular():
     flat = torch.empty(64 * 2 + 1, device=DEVICE)
     assert backend._regular(8, (64,), (flat[:128].view(2, 64),), ())
     assert not backend._regular(8, (64,), (flat[1:].view(2, 64),), ())
+
+
+# --------------------------------------------------------------------------------- with out_scale
+
+
+def scaled_formula(inputs, g, dy, p, seed, drop_base, dtype):
+    """y and the gradients of every input and of out_scale, by the reference in ``dtype``."""
+    leaves = [v.detach().to(dtype).requires_grad_() for v in (*inputs, g)]
+    x, weight, lora_A, lora_B, bias, scale = leaves
+    drawn = {}
+    if p > 0:
+        keep = dropout.philox_keep(tuple(x.shape), p, seed)
+        drawn = {"keep": keep, "keep_scale": dropout.keep_scale(p)}
+    y = adapter_linear_reference(
+        x, weight, lora_A, lora_B, SCALING, bias, **drawn, out_scale=scale, drop_base=drop_base
+    )
+    return y.detach(), torch.autograd.grad(y, leaves, dy.to(dtype))
+
+
+def check_scaled(
+    M, N, K, r, dtype, p, drop_base, needs, need_g, algorithm, scale_dtype=None,
+    layouts=("rows",) * 5, data=0, bias=True, hidden=0.3, bias_size=1.0,
+):  # fmt: skip
+    """As ``check``, with an out_scale; ``hidden`` is the share of it that is zero."""
+    inputs, dy = operands(M, N, K, r, dtype, data)
+    inputs = (*inputs[:4], inputs[4] * bias_size)
+    generator = torch.Generator().manual_seed(data + 1)
+    g = torch.rand(N, generator=generator) + 0.5
+    g[torch.rand(N, generator=generator) < hidden] = 0.0
+    g = g.to(scale_dtype or dtype).to(DEVICE)
+    seed = torch.tensor(0x1234_5678_9ABC_DEF0 + data, device=DEVICE) if p > 0 else None
+    drop_base = drop_base and p > 0
+    x, weight, lora_A, lora_B = map(laid_out, inputs[:4], layouts)
+    dy = laid_out(dy, layouts[4])
+    own_bias = inputs[4] if bias else None
+    whole = need_g and not drop_base
+    with (
+        mock.patch.object(torch, "empty", poisoned_empty),
+        mock.patch.object(torch, "empty_like", partial(poisoned_empty, make=torch.empty_like)),
+        mock.patch.object(tiles, "algorithm", lambda *_: algorithm),
+    ):
+        y, t, z = backend.scaled_forward(
+            x, weight, lora_A, lora_B, SCALING, own_bias, p, seed,
+            out_scale=g, drop_base=drop_base, need_t=needs.lora_B or whole, need_z=need_g,
+        )  # fmt: skip
+        assert (z is not None) == (drop_base and need_g)
+        grads = backend.scaled_backward(
+            dy,
+            x if needs.lora_A or needs.weight or whole else None,
+            weight if needs.x or whole else None,
+            lora_A if needs.x else None,
+            lora_B if needs.x or needs.lora_A or whole else None,
+            t,
+            SCALING,
+            p,
+            seed,
+            needs,
+            out_scale=g,
+            drop_base=drop_base,
+            bias=own_bias if whole else None,
+            read=(z if drop_base else y) if need_g else None,
+        )
+    if not bias:
+        inputs = (*inputs[:4], torch.zeros_like(inputs[4]))
+    exact, exact_grads = scaled_formula(inputs, g, dy, p, seed, drop_base, torch.float64)
+    plain, plain_grads = scaled_formula(inputs, g, dy, p, seed, drop_base, dtype)
+    assert y.dtype == dtype
+    assert_close(y, exact, plain, 2, "y")
+    asked = needs._asdict() | {"out_scale": need_g}
+    for name, got, want, eager in zip(asked, grads, exact_grads, plain_grads, strict=True):
+        assert (got is not None) == asked[name], name
+        if got is not None:
+            # a column's sum over rows is as large as this, unless its terms happen to cancel
+            usual = 0.0
+            if name == "out_scale" and M * N:
+                z, _ = scaled_formula(inputs, g * 0 + 1, dy, p, seed, False, torch.float64)
+                usual = ((z - inputs[4]) * dy).double().norm(dim=0).max().item()
+            assert_close(got, want, eager, 3, f"gradient of {name}", usual)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    M=st.one_of(st.sampled_from((0, 1)), sizes),
+    N=sizes,
+    K=sizes,
+    r=st.sampled_from((1, 8, 12, 33, 100)),
+    dtype=st.sampled_from((torch.float32, *HALVES)),
+    p=st.sampled_from((0.0, 0.1, 0.5)),
+    drop_base=st.booleans(),
+    needs=st.builds(Needs, *[st.booleans()] * 5),
+    need_g=st.booleans(),
+    algorithm=st.sampled_from(tiles.ALGORITHMS),
+    scale_dtype=st.sampled_from((None, torch.float32)),
+    layouts=st.tuples(*[st.sampled_from(("rows", "columns", "strided"))] * 5),
+    data=st.integers(0, 1000),
+    bias=st.booleans(),
+    hidden=st.sampled_from((0.0, 0.1, 1.0)),
+)
+def test_any_call_with_an_out_scale_agrees_with_the_formula(**call):
+    check_scaled(**call)
+
+
+@pytest.mark.parametrize("algorithm", tiles.ALGORITHMS)
+@pytest.mark.parametrize("dtype", (torch.float32, *HALVES))
+@pytest.mark.parametrize("p, drop_base", [(0.0, False), (0.25, False), (0.25, True)])
+def test_every_gradient_at_once_with_an_out_scale(algorithm, dtype, p, drop_base):
+    check_scaled(37, 45, 70, 12, dtype, p, drop_base, ALL, True, algorithm)
+
+
+@pytest.mark.parametrize("M, bias_size", [(70, 0.05), (70, 30.0), (3, 30.0)])
+@pytest.mark.parametrize("dtype", (torch.float32, *HALVES))
+def test_a_bias_that_hides_what_out_scale_multiplied(M, bias_size, dtype):
+    """Where y rounded no longer shows it, the kernel computes it again."""
+    check_scaled(
+        M, 45, 40, 100, dtype, 0.0, False, ALL, True, "fused", hidden=0.0, bias_size=bias_size
+    )
+
+
+def test_an_out_scale_over_several_chunks_and_rank_tiles():
+    M, N, K = (130, 150, 200) if DEVICE == "cpu" else (4100, 1030, 4104)
+    check_scaled(M, N, K, 40, torch.float32, 0.0, False, ALL, True, "fused", hidden=0.02)
+
+
+@pytest.mark.parametrize("M, N, K", [(0, 5, 7), (3, 0, 7), (3, 5, 0)])
+@pytest.mark.parametrize("p, drop_base", [(0.0, False), (0.1, True)])
+def test_empty_with_an_out_scale(M, N, K, p, drop_base):
+    check_scaled(M, N, K, 4, torch.float32, p, drop_base, ALL, True, "fused")

@@ -1,0 +1,257 @@
+"""Calls with scale vectors: their autograd Function.
+
+mid_scale d and adapter_scale b only ever stand beside the small B, so they are folded into it:
+with C = diag(b) B diag(d) the operation is the one of C, whose gradient dC is the one of B there,
+and dB = diag(b) dC diag(d), dd = Σ_rows (b ∘ B) ∘ dC, db = Σ_columns (B ∘ d) ∘ dC follow from it
+without another pass over anything of size M. C is made anew in backward, not kept.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastlora.ops.adapter_linear.contract import Needs, Scales, check_mask, rows
+
+
+class ScaledNeeds(NamedTuple):
+    """Which gradients a call with vectors must produce."""
+
+    x: bool
+    weight: bool
+    lora_A: bool
+    lora_B: bool
+    bias: bool
+    out_scale: bool
+    mid_scale: bool
+    adapter_scale: bool
+
+    def of_backend(self) -> Needs:
+        """What that asks of a backend, in which lora_B is C."""
+        folded = self.lora_B or self.mid_scale or self.adapter_scale
+        return Needs(self.x, self.weight, self.lora_A, folded, self.bias)
+
+
+class Kept(NamedTuple):
+    """What backward may read: an operand that ``what_to_keep`` does not name is None."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    bias: Tensor | None
+    scales: Scales
+    t: Tensor | None
+    read: Tensor | None  # y, or z under drop_base: what the gradient of out_scale is read from
+    seed: Tensor | None
+
+
+def what_to_keep(needs: ScaledNeeds, drop_base: bool) -> set[str]:
+    """The fields of ``Kept`` that these gradients need."""
+    keep = {"seed"}  # eight bytes; a backend takes it with any dropout
+    if needs.x:
+        keep |= {"weight", "lora_A", "lora_B", "scales"}
+    if needs.weight:
+        keep |= {"x", "scales"}
+    if needs.lora_A:
+        keep |= {"x", "lora_B", "scales"}
+    if needs.lora_B:
+        keep |= {"t", "scales"}
+    if needs.mid_scale or needs.adapter_scale:
+        keep |= {"t", "lora_B", "scales"}
+    if needs.out_scale:
+        keep |= {"read", "scales"}
+        if not drop_base:  # x, weight, lora_B and t are for columns that y does not show
+            keep |= {"x", "weight", "lora_B", "t", "bias"}
+    return keep
+
+
+def fold(lora_B: Tensor, scales: Scales, dtype: torch.dtype) -> Tensor:
+    """C = diag(b) B diag(d) [N, r] in ``dtype``, rounded once."""
+    wide = torch.promote_types(dtype, torch.float32)
+    if scales.adapter is not None:
+        lora_B = lora_B.to(wide) * scales.adapter[:, None]
+    if scales.mid is not None:
+        lora_B = lora_B.to(wide) * scales.mid
+    return lora_B.to(dtype)
+
+
+def forward(
+    module: ModuleType,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scales: Scales,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    drop_base: bool,
+    *,
+    need_t: bool,
+    need_z: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y [..., N], t [M, r], z [M, N]) by ``module``; t and z only if asked for."""
+    z = None
+    small = (lora_A.to(x.dtype), fold(lora_B, scales, x.dtype))
+    if scales.out is None:
+        y, t = module.forward(
+            rows(x), weight, *small, scaling, bias, dropout_p, seed, need_t=need_t
+        )
+    else:
+        y, t, z = module.scaled_forward(
+            rows(x),
+            weight,
+            *small,
+            scaling,
+            bias,
+            dropout_p,
+            seed,
+            out_scale=scales.out,
+            drop_base=drop_base,
+            need_t=need_t,
+            need_z=need_z,
+        )
+    if x.dim() != 2:
+        # not a view: autograd has its own rules for views, and this may be saved and returned
+        y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
+    return y, t, z
+
+
+def backward(
+    module: ModuleType,
+    dy: Tensor,
+    kept: Kept,
+    scaling: float,
+    dropout_p: float,
+    drop_base: bool,
+    needs: ScaledNeeds,
+) -> tuple[Tensor | None, ...]:
+    """The gradients in the order of ``ScaledNeeds``, not yet in their operands' dtypes."""
+    scales, lora_B = kept.scales, kept.lora_B
+    asked = needs.of_backend()
+    operands = (
+        rows(dy),
+        None if kept.x is None else rows(kept.x),
+        kept.weight,
+        None if kept.lora_A is None else kept.lora_A.to(dy.dtype),
+        None if lora_B is None else fold(lora_B, scales, dy.dtype),
+        kept.t,
+        scaling,
+        dropout_p,
+        kept.seed,
+    )
+    dg = dd = db = None
+    if scales.out is None:
+        dx, dweight, dA, dC, dbias = module.backward(*operands, asked)
+    else:
+        read = None
+        if needs.out_scale:
+            assert kept.read is not None
+            read = rows(kept.read)
+        dx, dweight, dA, dC, dbias, dg = module.scaled_backward(
+            *operands,
+            asked,
+            out_scale=scales.out,
+            drop_base=drop_base,
+            bias=kept.bias,
+            read=read,
+        )
+    dB = dC
+    if dC is not None and (scales.mid is not None or scales.adapter is not None):
+        dC = dC.to(torch.promote_types(dy.dtype, torch.float32))
+        own_B = None
+        if needs.mid_scale or needs.adapter_scale:
+            assert lora_B is not None
+            own_B = lora_B.to(dC.dtype) * dC
+        b = None if scales.adapter is None else scales.adapter.to(dC.dtype)
+        d = None if scales.mid is None else scales.mid.to(dC.dtype)
+        if needs.mid_scale:
+            assert own_B is not None
+            dd = own_B.sum(0) if b is None else own_B.t().mv(b)
+        if needs.adapter_scale:
+            assert own_B is not None
+            db = own_B.sum(1) if d is None else own_B.mv(d)
+        if needs.lora_B:
+            dB = dC if b is None else dC * b[:, None]
+            dB = dB if d is None else dB * d
+    return dx, dweight, dA, dB if needs.lora_B else None, dbias, dg, dd, db
+
+
+class ScaledAdapterLinear(torch.autograd.Function):
+    """``adapter_linear`` with one to three vectors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        out_scale: Tensor | None,
+        mid_scale: Tensor | None,
+        adapter_scale: Tensor | None,
+        scaling: float,
+        dropout_p: float,
+        drop_base: bool,
+        module: ModuleType,
+    ) -> Tensor:
+        needs = ScaledNeeds(*ctx.needs_input_grad[:8])
+        keep = what_to_keep(needs, drop_base)
+        scales = Scales(out_scale, mid_scale, adapter_scale)
+        seed = module.draw_seed(x.device) if dropout_p > 0.0 else None
+        y, t, z = forward(
+            module,
+            x,
+            weight,
+            lora_A,
+            lora_B,
+            bias,
+            scales,
+            scaling,
+            dropout_p,
+            seed,
+            drop_base,
+            need_t="t" in keep,
+            need_z="read" in keep,
+        )
+        own = {
+            "x": x,
+            "weight": weight,
+            "lora_A": lora_A,
+            "lora_B": lora_B,
+            "bias": bias,
+            "t": t,
+            "read": z if drop_base else y,
+            "seed": seed,
+        }
+        vectors = scales if "scales" in keep else (None, None, None)
+        ctx.save_for_backward(
+            *(tensor if name in keep else None for name, tensor in own.items()), *vectors
+        )
+        ctx.seed_dim = None if seed is None else seed.dim()
+        ctx.static = (x.shape, scaling, dropout_p, drop_base, module, needs)
+        operands = (x, weight, lora_A, lora_B, bias, *scales)
+        ctx.dtypes = tuple(None if operand is None else operand.dtype for operand in operands)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_A, lora_B, bias, t, read, seed, *vectors = ctx.saved_tensors
+        shape, scaling, dropout_p, drop_base, module, needs = ctx.static
+        check_mask(seed, ctx.seed_dim)
+        kept = Kept(x, weight, lora_A, lora_B, bias, Scales(*vectors), t, read, seed)
+        gradients = backward(module, dy, kept, scaling, dropout_p, drop_base, needs)
+        owned = tuple(
+            None if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
+        dx = owned[0]
+        return (None if dx is None else dx.view(shape), *owned[1:], None, None, None, None)

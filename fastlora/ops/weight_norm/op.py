@@ -1,0 +1,183 @@
+"""``weight_norm``: the row norms of an adapted weight as one function."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastlora.ops import backend as _backend
+from fastlora.ops.weight_norm.cache import WeightNormCache
+from fastlora.ops.weight_norm.contract import BACKENDS
+
+
+def weight_norm(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    cache: WeightNormCache | None = None,
+    differentiable: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """n_j = ‖(W + s·BA)_j‖₂, one norm per output (DoRA, arXiv 2402.09353), BA never formed.
+
+    Args:
+        weight: base weight [N, K]; any strides (transposed views serve Conv1D and Embedding).
+        lora_A, lora_B: [r, K] and [N, r], r ≥ 1; in weight's dtype, or float32 over a
+            half-precision weight (then they are rounded to it, as ``adapter_linear`` does: these
+            are the norms of the weight that the layer multiplies by).
+        scaling: s, a finite number.
+        cache: the layer's own ``WeightNormCache``; a call in which nothing has changed is free.
+        differentiable: let gradients flow to lora_A and lora_B (never to weight). By default
+            the norm is a constant, as DoRA prescribes (its §4.3). A second derivative is not
+            available.
+        backend: 'triton', 'onednn' or 'eager'; None chooses (see ``fastlora.explain``).
+
+    Returns:
+        n [N] in float32 (float64 for a float64 weight), accumulated in it, and never below
+        ``FLOOR`` = 1e-12, so that a zero row gives a finite m/n. Do not write into it.
+
+    Raises:
+        ValueError: shapes that do not fit, a rank below 1, a scaling that is not finite, tensors
+            on different devices, a gradient asked for with respect to weight.
+        TypeError: dtypes that are not floating or do not go together.
+        BackendError: the backend asked for cannot run this call.
+    """
+    _check(weight, lora_A, lora_B, scaling)
+    if differentiable and weight.requires_grad:
+        raise ValueError(
+            "weight_norm has no gradient with respect to weight: pass weight.detach(), or leave "
+            "differentiable off"
+        )
+    scaling = float(scaling)
+    flows = (
+        differentiable
+        and torch.is_grad_enabled()
+        and (lora_A.requires_grad or lora_B.requires_grad)
+    )
+    if torch.compiler.is_compiling():
+        # registering operators imports dynamo and triton, so it waits until somebody compiles
+        from fastlora.ops.weight_norm.registered import compiled
+
+        return compiled(weight, lora_A, lora_B, scaling, flows, backend)
+    module = _backend.select("weight_norm", BACKENDS, weight.device, weight.dtype, backend)
+    if flows:
+        return _WeightNorm.apply(weight, lora_A, lora_B, scaling, cache, module)
+    return _norm(weight, lora_A, lora_B, scaling, cache, module)
+
+
+def _norm(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    cache: WeightNormCache | None,
+    module: ModuleType,
+) -> Tensor:
+    weight_sq = None
+    if cache is not None:
+        norm, weight_sq = cache.find(weight, lora_A, lora_B, scaling)
+        if norm is not None:
+            return norm
+    # what is remembered must serve a later call that trains, so no inference tensors are made
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        _without_autocast(weight),
+    ):
+        norm, weight_sq = module.forward(
+            weight.detach(),
+            lora_A.detach().to(weight.dtype),
+            lora_B.detach().to(weight.dtype),
+            scaling,
+            weight_sq,
+        )
+    if cache is None:
+        return norm
+    cache.keep(weight, lora_A, lora_B, scaling, norm, weight_sq)
+    return norm.detach()
+
+
+class _WeightNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        cache: WeightNormCache | None,
+        module: ModuleType,
+    ) -> Tensor:
+        # a tensor of its own: autograd marks what is returned, and the cache's must stay plain
+        norm = _norm(weight, lora_A, lora_B, scaling, cache, module).clone()
+        ctx.save_for_backward(weight, lora_A, lora_B, norm)
+        ctx.static = (scaling, module)
+        return norm
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dnorm: Tensor) -> tuple[Tensor | None, ...]:
+        weight, lora_A, lora_B, norm = ctx.saved_tensors
+        scaling, module = ctx.static
+        with _without_autocast(weight):
+            dA, dB = module.backward(
+                dnorm,
+                norm,
+                weight,
+                lora_A.to(weight.dtype),
+                lora_B.to(weight.dtype),
+                scaling,
+                *ctx.needs_input_grad[1:3],
+            )
+        return (
+            None,
+            None if dA is None else dA.to(lora_A.dtype),
+            None if dB is None else dB.to(lora_B.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _without_autocast(tensor: Tensor) -> torch.autocast:
+    kind = tensor.device.type
+    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
+
+
+def _check(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+    if weight.dim() != 2 or lora_A.dim() != 2 or lora_B.dim() != 2:
+        raise ValueError(
+            f"weight, lora_A and lora_B must be matrices; they have shapes {_shape(weight)}, "
+            f"{_shape(lora_A)} and {_shape(lora_B)}"
+        )
+    n, k = weight.shape
+    r = lora_A.shape[0]
+    if r < 1 or lora_A.shape[1] != k:
+        raise ValueError(f"lora_A has shape {_shape(lora_A)}; it must be [r, {k}] with r ≥ 1")
+    if lora_B.shape[0] != n or lora_B.shape[1] != r:
+        raise ValueError(f"lora_B has shape {_shape(lora_B)}; it must be [{n}, {r}]")
+    dtype = weight.dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"weight must be a floating tensor, not {dtype}: dequantise it first")
+    device = weight.device
+    for name, matrix in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if matrix.dtype != dtype and not (matrix.dtype == torch.float32 and dtype in _backend.HALF):
+            raise TypeError(
+                f"{name} is {matrix.dtype}; over a {dtype} weight it must be {dtype}"
+                + (" or torch.float32" if dtype in _backend.HALF else "")
+            )
+        if matrix.device != device:
+            raise ValueError(f"{name} is on {matrix.device} but weight is on {device}")
+    if not math.isfinite(scaling):
+        raise ValueError(f"scaling must be a finite number, not {scaling}")
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
