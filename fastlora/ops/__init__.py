@@ -2,5 +2,6 @@
 
 from fastlora.ops.adapter_linear import adapter_linear
 from fastlora.ops.explain import OPERATIONS, explain
+from fastlora.ops.weight_norm import WeightNormCache, weight_norm
 
-__all__ = ["OPERATIONS", "adapter_linear", "explain"]
+__all__ = ["OPERATIONS", "WeightNormCache", "adapter_linear", "explain", "weight_norm"]

@@ -9,8 +9,12 @@ from torch import Tensor
 
 from fastlora.ops.adapter_linear.op import BACKENDS as ADAPTER_LINEAR
 from fastlora.ops.backend import Backend, Situation, table
+from fastlora.ops.weight_norm.contract import BACKENDS as WEIGHT_NORM
 
-OPERATIONS: dict[str, tuple[Backend, ...]] = {"adapter_linear": ADAPTER_LINEAR}
+OPERATIONS: dict[str, tuple[Backend, ...]] = {
+    "adapter_linear": ADAPTER_LINEAR,
+    "weight_norm": WEIGHT_NORM,
+}
 
 
 def explain(op: str, *tensors: Tensor) -> str:

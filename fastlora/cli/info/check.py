@@ -14,6 +14,8 @@ from fastlora.ops.adapter_linear import adapter_linear
 from fastlora.ops.adapter_linear.reference import adapter_linear_reference
 from fastlora.ops.backend import Situation
 from fastlora.ops.explain import OPERATIONS
+from fastlora.ops.weight_norm import weight_norm
+from fastlora.ops.weight_norm.reference import weight_norm_reference
 
 # Largest error allowed, relative to the largest element: a few units in the last place of what is
 # stored; the half types also round the [M, r] product between the two small matrices.
@@ -94,6 +96,27 @@ def _adapter_linear(at: Situation, backend: str) -> Errors:
     return {name: _relative(got[name], exact[name]) for name in exact}
 
 
+def _weight_norm(at: Situation, backend: str) -> Errors:
+    k, n, r, scaling = 176, 160, 12, 1.5
+    generator = torch.Generator().manual_seed(0)
+    weight, lora_A, lora_B = (
+        torch.randn(shape, generator=generator).to(at.dtype).to(at.device)
+        for shape in ((n, k), (r, k), (n, r))
+    )
+    ours = {"A": lora_A.requires_grad_(), "B": lora_B.requires_grad_()}
+    wide = {name: leaf.detach().double().requires_grad_() for name, leaf in ours.items()}
+    got = weight_norm(weight, ours["A"], ours["B"], scaling, differentiable=True, backend=backend)
+    exact = weight_norm_reference(weight.double(), wide["A"], wide["B"], scaling)
+    got.sum().backward()
+    exact.sum().backward()
+    errors = {"norm": _relative(got.detach(), exact.detach())}
+    for name, leaf in ours.items():
+        expected = wide[name].grad
+        assert leaf.grad is not None and expected is not None
+        errors[f"dlora_{name}"] = _relative(leaf.grad, expected)
+    return errors
+
+
 def _step(
     function: Callable[..., Tensor], operands: dict[str, Tensor], dy: Tensor
 ) -> dict[str, Tensor]:
@@ -112,4 +135,7 @@ def _relative(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).abs().max() / exact.abs().max())
 
 
-STEPS: dict[str, Callable[[Situation, str], Errors]] = {"adapter_linear": _adapter_linear}
+STEPS: dict[str, Callable[[Situation, str], Errors]] = {
+    "adapter_linear": _adapter_linear,
+    "weight_norm": _weight_norm,
+}
