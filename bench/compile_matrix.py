@@ -27,7 +27,10 @@ from typing import Any
 ARCHS = (80, 86, 89, 90, 100, 120)
 # tfloat32: fp32 operands where torch allows its matmul the tensor cores' shorter mantissa
 DTYPES = ("bfloat16", "float16", "float32", "tfloat32")
-KERNELS = ("shrink", "main", "seed", "bwd_dy", "bwd_da", "bwd_dots", "bwd_dg", "drop", "sum")
+KERNELS = (
+    *("shrink", "main", "seed", "bwd_dy", "bwd_da", "sum"),
+    *("main_scaled", "bwd_dots", "bwd_dg", "drop"),
+)
 _TRITON_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tfloat32": "fp32"}
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", re.MULTILINE)
@@ -101,6 +104,7 @@ FUNCTIONS = {
     "seed": "adapter_linear_main_kernel",
     "bwd_dy": "adapter_linear_bwd_dy_kernel",
     "bwd_da": "adapter_linear_bwd_da_kernel",
+    "main_scaled": "adapter_linear_main_kernel",
     "bwd_dots": "adapter_linear_bwd_dy_kernel",
     "bwd_dg": "adapter_linear_bwd_dg_kernel",
     "drop": "adapter_linear_drop_kernel",
@@ -114,17 +118,7 @@ FLAGS = {
         Flags("plain", {"DROPOUT": False}, ("seed_ptr",), _X_A),
     ),
     "main": (
-        Flags(
-            "dx scale dropout", {"DROPOUT": True, "SCALE_IN": True}, _NO_BIAS, _DX, ("stride_tm",)
-        ),
         Flags("dx dropout", {"DROPOUT": True}, (*_NO_BIAS, *_NO_SCALE), _DX, ("stride_tm",)),
-        Flags(
-            "forward scale bias",
-            {"HAS_BIAS": True, "SCALE_OUT": True},
-            ("seed_ptr",),
-            _FORWARD,
-            ("stride_tm", "stride_bn"),
-        ),
         Flags(
             "forward bias",
             {"HAS_BIAS": True},
@@ -132,8 +126,18 @@ FLAGS = {
             _FORWARD,
             ("stride_tm", "stride_bn"),
         ),
-        Flags("dx scale", {"SCALE_IN": True}, ("seed_ptr", *_NO_BIAS), _DX, ("stride_tm",)),
         Flags("dx", {}, ("seed_ptr", *_NO_BIAS, *_NO_SCALE), _DX, ("stride_tm",)),
+    ),
+    "main_scaled": (
+        Flags("dx dropout", {"DROPOUT": True, "SCALE_IN": True}, _NO_BIAS, _DX, ("stride_tm",)),
+        Flags(
+            "forward bias",
+            {"HAS_BIAS": True, "SCALE_OUT": True},
+            ("seed_ptr",),
+            _FORWARD,
+            ("stride_tm", "stride_bn"),
+        ),
+        Flags("dx", {"SCALE_IN": True}, ("seed_ptr", *_NO_BIAS), _DX, ("stride_tm",)),
     ),
     "seed": (Flags("dx dropout", {"DROPOUT": True}, _NO_PRODUCT, _DX, ("stride_tm",)),),
     "bwd_dy": (
@@ -229,7 +233,7 @@ def specialise(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], dict[An
         elif name == "EVEN_K":
             constants[name] = not case.unaligned or case.unaligned[0] == "R"
         elif name == "HAS_PRODUCT":
-            constants[name] = case.kernel == "main"
+            constants[name] = case.kernel != "seed"
         elif hasattr(case.tile, name):
             constants[name] = getattr(case.tile, name)
         elif param.is_constexpr:
@@ -338,7 +342,7 @@ def _read_binary(cubin: bytes, row: Row) -> None:
 # --------------------------------------------------------------------------------------- output
 
 _HEAD = (
-    f"{'arch':>4} {'kernel':<7} {'dtype':<9} {'variant':<23} {'tile':<27} "
+    f"{'arch':>4} {'kernel':<11} {'dtype':<9} {'variant':<23} {'tile':<27} "
     f"{'regs':>4} {'spill':>5} {'shared':>7} {'limit':>7} {'tensor cores':<14} {'code':>7}  verdict"
 )
 
@@ -352,7 +356,7 @@ def _line(row: Row) -> str:
     tile = f"{sides} w{row.tile['num_warps']} s{row.tile['num_stages']}"
     cores = " ".join(f"{name}:{count}" for name, count in sorted(row.tensor_core.items())) or "-"
     return (
-        f"{row.arch:>4} {row.kernel:<7} {row.dtype:<9} {row.variant:<23} {tile:<27} "
+        f"{row.arch:>4} {row.kernel:<11} {row.dtype:<9} {row.variant:<23} {tile:<27} "
         f"{row.registers:>4} {row.spilled:>5} {row.shared:>7} {row.limit:>7} {cores:<14} "
         f"{row.code_bytes:>7}  {'; '.join(row.problems) or 'ok'}"
     )

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from math import log2
 from pathlib import Path
@@ -34,7 +34,11 @@ from typing import Any
 
 import torch
 
-KERNELS = ("shrink", "main", "seed", "bwd_dy", "bwd_da", "bwd_dots", "bwd_dg", "drop", "sum")
+KERNELS = (
+    *("shrink", "main", "seed", "bwd_dy", "bwd_da", "sum"),
+    # with an out_scale: main, bwd_dy; and the two kernels that only such calls have
+    *("main_scaled", "bwd_dots", "bwd_dg", "drop"),
+)
 PARTS = ("forward", "dx")
 ALGORITHMS = ("fused", "accumulate")
 TABLE_FORMAT = "fastlora.adapter_linear.algorithm/1"
@@ -109,6 +113,8 @@ def _slots(kernel: str, half: bool, capability: int) -> dict[tuple[str, int], Ti
         return _FP32[kernel]
     if kernel == "main":
         return _HALF_MAIN[capability]
+    if kernel == "main_scaled":
+        return _HALF_SCALED[capability]
     return _HALF[kernel]
 
 
@@ -121,6 +127,7 @@ _INTERPRETED = {
     "seed": {("any", _ANY): Tile(BLOCK_M=32, BLOCK_N=32, BLOCK_K=32, BLOCK_R=32, GROUP_M=2)},
     "bwd_dy": {("any", _ANY): Tile(BLOCK_M=16, BLOCK_N=32, BLOCK_R=32)},
     "bwd_da": {("any", _ANY): Tile(BLOCK_M=16, BLOCK_K=32, BLOCK_R=32)},
+    "main_scaled": {("any", _ANY): Tile(BLOCK_M=32, BLOCK_N=32, BLOCK_K=32, BLOCK_R=32, GROUP_M=2)},
     "bwd_dots": {("any", _ANY): Tile(BLOCK_M=16, BLOCK_N=32, BLOCK_R=32)},
     "bwd_dg": {("any", _ANY): Tile(BLOCK_M=16, BLOCK_N=16, BLOCK_K=32)},
     "drop": {("any", _ANY): Tile(BLOCK_M=32, BLOCK_K=32)},
@@ -205,6 +212,13 @@ _HALF_MAIN = {
     120: _mains(block_k=32, big_stages=3, stages=4, small_stages=4),
 }
 
+# On sm_100 a thread ends with whole rows of the result, and with a scale and a bias for each of
+# their elements: too many registers in the largest tile. The small one spilled with BLOCK_R = 16.
+_SCALED_100 = {slot: tile for slot, tile in _HALF_MAIN[100].items() if slot[0] != "big"}
+_SCALED_100["big", _ANY] = _SCALED_100["mid", _ANY]
+_SCALED_100["low", _ANY] = replace(_SCALED_100["low", _ANY], BLOCK_R=32)
+_HALF_SCALED = _HALF_MAIN | {100: _SCALED_100}
+
 # Without tensor cores ("ieee") a dot is unrolled into FMAs: small blocks, or registers run out.
 _FP32 = {
     "shrink": {
@@ -245,6 +259,9 @@ _FP32 = {
 }
 
 
+_FP32["main_scaled"] = _FP32["main"]
+
+
 def shared_bytes(kernel: str, tile: Tile, dtype: torch.dtype, arch: Arch) -> int:
     """An estimate of the shared memory a block takes; the compiler's figure is at most that.
 
@@ -257,9 +274,12 @@ def shared_bytes(kernel: str, tile: Tile, dtype: torch.dtype, arch: Arch) -> int
     # asynchronous matrix units read a stage from shared memory while the next ones arrive; the
     # older ones first copy it to registers, which frees a buffer
     buffers = max(tile.num_stages - (arch.capability not in (90, 100)), 1)
-    if kernel == "main":
-        # a stage of the loop may bring k elements of a scale vector, in fp32
-        loop = buffers * ((m * k + k * n) * size + k * 4)
+    if kernel in ("main", "main_scaled"):
+        loop = buffers * (m * k + k * n) * size
+        if kernel == "main_scaled":  # a stage brings the scale of k elements, in fp32
+            loop += buffers * k * 4
+            if size == 4:  # and what it has scaled goes back to be multiplied
+                loop += m * k * size
         return max(loop, (m * r + r * n) * size, m * n * size)
     if kernel == "seed":
         return max((m * r + r * n) * size, m * n * size)
@@ -302,7 +322,7 @@ def choose(
     arch: Arch,
     regular: bool = True,
 ) -> Tile:
-    """The tile for one kernel. For "main" and "seed" N is the output's width, K the reduction.
+    """The tile for one kernel. For "main…" and "seed" N is the output's width, K the reduction.
 
     ``regular``: every operand can be read 16 bytes at a time, that is, one stride is 1, the other
     and the sizes are multiples of 16, the address is one of 16 bytes (the unit in which Triton
@@ -315,7 +335,7 @@ def choose(
 def _choose(kernel: str, half: bool, M: int, N: int, r: int, arch: Arch, regular: bool) -> Tile:
     slots = _slots(kernel, half, arch.capability)
     size = "irregular" if not regular else "small" if M <= 16 else "any"
-    if kernel == "main" and size == "any":
+    if kernel in ("main", "main_scaled") and size == "any":
         # the largest tile that still gives nearly every multiprocessor a program
         def fills(columns: int) -> bool:
             return M >= 128 and cdiv(M, 128) * cdiv(N, columns) * 10 >= arch.sm_count * 9

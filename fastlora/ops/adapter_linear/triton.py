@@ -559,7 +559,10 @@ def _main(
     if x is not None and w is not None:
         rows, others = (*rows, x), (*others, w)
     regular = _regular(r, (N, K), rows, others)
-    tile = tiles.choose("seed" if x is None else "main", t.dtype, M, N, K, r, arch, regular)
+    kernel = "seed" if x is None else "main"
+    if scale_in is not None or scale_out is not None:
+        kernel = "main_scaled"
+    tile = tiles.choose(kernel, t.dtype, M, N, K, r, arch, regular)
     out = torch.empty((M, N), dtype=t.dtype, device=t.device)
     adapter_linear_main_kernel[(tiles.cdiv(M, tile.BLOCK_M) * tiles.cdiv(N, tile.BLOCK_N),)](
         x,
