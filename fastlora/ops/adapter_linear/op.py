@@ -63,7 +63,8 @@ def adapter_linear(
     Gradients flow to whichever operands require them, in their own dtype, and only what these
     gradients need is kept: x for lora_A or weight; the [M, r] product for lora_B, mid_scale or
     adapter_scale; for out_scale all of these and y itself, which must then not be changed in
-    place (with drop_base under dropout a second [M, N] instead). No second derivative. Under
+    place (with drop_base under dropout a second [M, N] instead); torch.compile keeps x and weight
+    too where there are vectors. No second derivative. Under
     torch.func's transforms, forward-mode derivatives and torch.jit.trace, and for nested and meta
     tensors, the same formula runs as ordinary differentiable PyTorch.
 
