@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any
 from fastlora import adapters, nn, ops
 from fastlora._version import __version__
 from fastlora.adapters import (
+    AdaLoRAConfig,
     LoRAConfig,
     Report,
+    VeRAConfig,
     disabled,
     inject,
     load_adapter,
@@ -23,10 +25,12 @@ if TYPE_CHECKING:
     from fastlora.integrations.peft import restore as restore
 
 __all__ = [
+    "AdaLoRAConfig",
     "BackendError",
     "FallbackWarning",
     "LoRAConfig",
     "Report",
+    "VeRAConfig",
     "__version__",
     "adapter_linear",
     "adapters",

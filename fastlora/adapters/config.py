@@ -1,54 +1,42 @@
-"""The options of a LoRA adapter, under peft's names."""
+"""The options of the adapters, under peft's names."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
-from fastlora.nn.lora_linear import check_hyperparameters
+from fastlora.nn.adapted import check_dropout, check_finite, check_rank, check_switch
+from fastlora.nn.lora_linear import check_hyperparameters, check_variants
 
 ALL_LINEAR = "all-linear"
 
 
-@dataclass(frozen=True)
-class LoRAConfig:
-    """One LoRA adapter over a model; the fields are those of ``peft.LoraConfig``.
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What the configurations of all methods have: which modules they mean.
 
     Attributes:
-        r: rank, at least 1.
-        lora_alpha: α; the scaling is α/r, or α/√r with ``use_rslora``.
-        lora_dropout: probability in [0, 1) on the adapter's input while training.
         target_modules: "all-linear" (every ``nn.Linear`` but the output embedding), a list of
             module names (a whole path or its end), or a regular expression for whole paths.
         exclude_modules: a list or regular expression of modules to leave out.
-        use_rslora: rank-stabilised scaling (arXiv 2312.03732).
-        rank_pattern, alpha_pattern: r and α for modules whose path ends in a match of the key.
-
-    Raises TypeError for an option that does not exist here (what peft has beyond these is reached
-    through peft itself and ``fastlora.accelerate``), ValueError for values out of range.
     """
 
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
+    peft_type: ClassVar[str]
+
     target_modules: str | list[str] = ALL_LINEAR
     exclude_modules: str | list[str] | None = None
-    use_rslora: bool = False
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
 
-    def __new__(cls, *args: Any, **options: Any) -> LoRAConfig:
+    def __new__(cls, *args: Any, **options: Any) -> AdapterConfig:
         known = [f.name for f in fields(cls)]
         if unknown := sorted(set(options) - set(known)):
             raise TypeError(
-                f"LoRAConfig has no option {', '.join(unknown)}; it has {', '.join(known)}. "
+                f"{cls.__name__} has no option {', '.join(unknown)}; it has {', '.join(known)}. "
                 "For what only peft offers, build the model with peft and call fastlora.accelerate."
             )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        check_hyperparameters(self.r, self.lora_alpha, self.lora_dropout)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (set, tuple)):
@@ -57,21 +45,189 @@ class LoRAConfig:
             _check_names(name, value)
         if not self.target_modules:
             raise ValueError("target_modules names no module")
-        if not isinstance(self.use_rslora, bool):
-            raise ValueError(f"use_rslora must be True or False, not {self.use_rslora!r}")
-        for name in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(getattr(self, name), dict):
+
+    def patterns(self) -> dict[str, dict[str, Any]]:
+        """Options that map expressions for modules to values; each must match an adapted one."""
+        return {}
+
+
+@dataclass(frozen=True)
+class LoRAConfig(AdapterConfig):
+    """One LoRA, rsLoRA, DoRA or LoRA-FA adapter over a model; fields as in ``peft.LoraConfig``.
+
+    Attributes:
+        r: rank, at least 1.
+        lora_alpha: α; the scaling is α/r, or α/√r with ``use_rslora``.
+        lora_dropout: probability in [0, 1) on the adapter's input while training.
+        use_rslora: rank-stabilised scaling (arXiv 2312.03732).
+        use_dora: weight-decomposed adaptation (arXiv 2402.09353).
+        dora_simple: with DoRA, hold the norm constant in backward (its §4.3; peft always does).
+            False lets the gradient flow through it. It is no part of a saved adapter.
+        use_lora_fa: freeze A (arXiv 2308.03303), so that no layer keeps its input for backward;
+            no part of a saved adapter, which is plain LoRA.
+        lora_bias: give lora_B a bias. Not with DoRA; embeddings have none.
+        rank_pattern, alpha_pattern: r and α for modules whose path ends in a match of the key.
+        target_modules, exclude_modules: as in ``AdapterConfig``; beside linears a list or an
+            expression may name ``nn.Embedding``, ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``.
+
+    Raises TypeError for an option that does not exist here (what peft has beyond these is reached
+    through peft itself and ``fastlora.accelerate``), ValueError for values out of range and for
+    options that do not go together.
+    """
+
+    peft_type = "LORA"
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    dora_simple: bool = True
+    use_lora_fa: bool = False
+    lora_bias: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_hyperparameters(self.r, self.lora_alpha, self.lora_dropout)
+        check_switch("use_rslora", self.use_rslora)
+        check_variants(self.use_dora, self.dora_simple, self.use_lora_fa, self.lora_bias)
+        for name, pattern in self.patterns().items():
+            if not isinstance(pattern, dict):
                 raise ValueError(f"{name} must map expressions to numbers")
-            for key, value in getattr(self, name).items():
+            for key, value in pattern.items():
                 _check_expression(name, key)
-                is_rank = name == "rank_pattern"
-                check_hyperparameters(value if is_rank else 1, 1 if is_rank else value, 0.0)
+                if name == "rank_pattern":
+                    check_rank("r", value)
+                else:
+                    check_finite("lora_alpha", value)
+
+    def patterns(self) -> dict[str, dict[str, Any]]:
+        return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
 
     def rank_of(self, name: str) -> int:
         return _lookup(self.rank_pattern, name, self.r)
 
     def alpha_of(self, name: str) -> float:
         return _lookup(self.alpha_pattern, name, self.lora_alpha)
+
+
+@dataclass(frozen=True)
+class AdaLoRAConfig(AdapterConfig):
+    """One AdaLoRA adapter (arXiv 2303.10512) over the linears of a model, as ``AdaLoraConfig``.
+
+    Attributes:
+        init_r: rank that every layer starts with.
+        target_r: average rank that the allocation aims at.
+        lora_alpha: α; the scaling is α / (init_r + 1e-5), and α ≤ 0 stands for init_r.
+        lora_dropout: probability in [0, 1) on the adapter's input while training.
+        total_step, tinit, tfinal, deltaT, beta1, beta2: of the allocation's schedule, in steps, and
+            of its moving averages; the layers do not depend on them.
+        orth_reg_weight: of the regulariser that keeps A and B orthogonal
+            (``methods.adalora.orthogonal_regulariser``).
+        rank_pattern: {"<module>.lora_E": init_r times True or False}: the triplets that are there.
+
+    Raises TypeError and ValueError as ``LoRAConfig`` does.
+    """
+
+    peft_type = "ADALORA"
+
+    init_r: int = 12
+    target_r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    total_step: int | None = None
+    rank_pattern: dict[str, list[bool]] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_hyperparameters(self.init_r, self.lora_alpha, self.lora_dropout)
+        check_rank("target_r", self.target_r)
+        check_rank("deltaT", self.deltaT)
+        for name in ("tinit", "tfinal"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be a whole number of at least 0, not {value!r}")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            check_finite(name, value)
+            if not 0 < value < 1:
+                raise ValueError(f"{name} must be between 0 and 1, not {value!r}")
+        check_finite("orth_reg_weight", self.orth_reg_weight)
+        if self.orth_reg_weight < 0:
+            raise ValueError(f"orth_reg_weight must not be negative, not {self.orth_reg_weight!r}")
+        if self.total_step is not None:
+            check_rank("total_step", self.total_step)
+            if self.tinit >= self.total_step - self.tfinal:
+                raise ValueError("tinit and tfinal leave no step of total_step for the allocation")
+        self._check_rank_pattern()
+
+    def _check_rank_pattern(self) -> None:
+        if self.rank_pattern is None:
+            return
+        if not isinstance(self.rank_pattern, dict):
+            raise ValueError("rank_pattern must map '<module>.lora_E' to lists of True and False")
+        for key, mask in self.rank_pattern.items():
+            if not isinstance(key, str) or not key.endswith(_RANK_KEY):
+                raise ValueError(f"rank_pattern: '{key}' does not end in {_RANK_KEY}")
+            if not isinstance(mask, list) or not all(isinstance(kept, bool) for kept in mask):
+                raise ValueError(f"rank_pattern: '{key}' must be a list of True and False")
+            if len(mask) != self.init_r:
+                raise ValueError(
+                    f"rank_pattern: '{key}' has {len(mask)} entries, init_r is {self.init_r}"
+                )
+
+    def mask_of(self, name: str) -> list[bool] | None:
+        return (self.rank_pattern or {}).get(f"{name}{_RANK_KEY}")
+
+    def patterns(self) -> dict[str, dict[str, Any]]:
+        masks = self.rank_pattern or {}
+        return {"rank_pattern": {f"^{re.escape(k.removesuffix(_RANK_KEY))}": 0 for k in masks}}
+
+
+@dataclass(frozen=True)
+class VeRAConfig(AdapterConfig):
+    """One VeRA adapter (arXiv 2310.11454) over the linears of a model, as ``peft.VeraConfig``.
+
+    Attributes:
+        r: rank, at least 1; larger than LoRA's, as only vectors are trained.
+        projection_prng_key: seed of the frozen projections that all layers share.
+        save_projection: write them into a saved adapter (and the state dict). False draws them
+            anew from the key, for the same ``target_modules``, on loading.
+        vera_dropout: probability in [0, 1) on the adapter's input while training.
+        d_initial: what ``vera_lambda_d`` starts at.
+
+    Raises TypeError and ValueError as ``LoRAConfig`` does.
+    """
+
+    peft_type = "VERA"
+
+    r: int = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rank("r", self.r)
+        key = self.projection_prng_key
+        if not isinstance(key, int) or isinstance(key, bool) or not -(2**63) <= key < 2**64:
+            raise ValueError(f"projection_prng_key must be a 64-bit whole number, not {key!r}")
+        check_switch("save_projection", self.save_projection)
+        check_dropout("vera_dropout", self.vera_dropout)
+        check_finite("d_initial", self.d_initial)
+
+
+CONFIGS: tuple[type[AdapterConfig], ...] = (LoRAConfig, AdaLoRAConfig, VeRAConfig)
+_RANK_KEY = ".lora_E"
 
 
 def _lookup(pattern: dict[str, Any], name: str, default: Any) -> Any:

@@ -1,78 +1,118 @@
-"""Put LoRA layers into a model that has none, and take them out again."""
+"""Put adapted layers into a model that has none, and take them out again."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
-from fastlora.adapters.config import LoRAConfig
+from fastlora.adapters.config import AdapterConfig
+from fastlora.adapters.groups import find_groups, partners
+from fastlora.adapters.kinds import build
 from fastlora.adapters.report import Report, Row
 from fastlora.adapters.targets import find_targets
 from fastlora.adapters.view import is_peft_layer, unwrap
-from fastlora.nn.lora_linear import LoRALinear
+from fastlora.nn import AdaptedLayer
+from fastlora.nn.adapted_linear import AdaptedLinear
+from fastlora.nn.group import InputGroup
 
 
-def inject(model: nn.Module, config: LoRAConfig) -> Report:
-    """Replace the linear layers ``config`` names by ``LoRALinear``, in place, and freeze the rest.
+def inject(model: nn.Module, config: AdapterConfig) -> Report:
+    """Replace the layers ``config`` names by adapted ones, in place, and freeze the rest.
 
     The new layers hold the old ones' own weights, so this takes no memory beyond the adapters, and
-    every key of the base's state dict stays.
+    every key of the base's state dict stays. Linears that read one input (q, k and v; gate and up)
+    are computed together.
+
+    ``config`` is a ``LoRAConfig``, an ``AdaLoRAConfig`` or a ``VeRAConfig``.
 
     Returns a report of what was adapted and what was not, each with its reason.
 
     Raises ValueError, before anything has changed, if the configuration matches nothing, names a
     layer that cannot be adapted, or if the model carries an adapter already.
     """
+    with prepared(model, config) as plan:
+        return plan.place()
+
+
+class Plan:
+    """Adapted layers for a model, not yet in it."""
+
+    def __init__(self, model: nn.Module, config: AdapterConfig) -> None:
+        self.placed = False
+        self._model = model
+        self._targets, self._skipped = find_targets(model, config)
+        built = build(config, [(target.name, target.module) for target in self._targets])
+        self.layers: dict[str, AdaptedLayer] = {
+            target.name: layer for target, layer in zip(self._targets, built, strict=True)
+        }
+
+    def place(self) -> Report:
+        """Put the layers into the model and freeze the rest."""
+        self._model.requires_grad_(False)
+        for target in self._targets:
+            for parent, attribute in target.places:
+                setattr(parent, attribute, self.layers[target.name])
+        self.placed = True
+        together = self._group()
+        report = Report(skipped=self._skipped)
+        for name, layer in self.layers.items():
+            detail = f"{layer.summary()}, {layer.weight.dtype}{together.get(name, '')}"
+            report.fused.append(Row(name, detail))
+        return report
+
+    def _group(self) -> dict[str, str]:
+        """Groups the layers; returns what the report says of each grouped one."""
+        said = {}
+        linears = {n: layer for n, layer in self.layers.items() if isinstance(layer, AdaptedLinear)}
+        for members in find_groups(linears):
+            group = InputGroup.of(list(members.values()))
+            for slot, (name, layer) in enumerate(members.items()):
+                layer.group, layer.slot = group, slot
+                said[name] = f", {partners(name, members)}"
+        return said
+
+
+@contextmanager
+def prepared(model: nn.Module, config: AdapterConfig) -> Iterator[Plan]:
+    """A plan to place or to leave: unless it is placed, nothing of the model has changed after.
+
+    Raises as ``inject`` does.
+    """
     model = unwrap(model)
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, AdaptedLayer):
             raise ValueError(f"the model has an adapter already (at {name}); one a model")
         if is_peft_layer(module):
             raise ValueError(
                 f"the model has a peft adapter already (at {name}); use fastlora.accelerate"
             )
-    targets, skipped = find_targets(model, config)
-    layers = [  # all are built before any is put in place: building may fail
-        LoRALinear.from_linear(
-            target.linear,
-            config.rank_of(target.name),
-            config.alpha_of(target.name),
-            config.lora_dropout,
-            config.use_rslora,
-        )
-        for target in targets
-    ]
-    model.requires_grad_(False)
-    report = Report(skipped=skipped)
-    for target, layer in zip(targets, layers, strict=True):
-        for parent, attribute in target.places:
-            setattr(parent, attribute, layer)
-        report.fused.append(
-            Row(target.name, f"r={layer.r}, scaling={layer.scaling:g}, {layer.weight.dtype}")
-        )
-    return report
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    plan = None
+    try:
+        plan = Plan(model, config)
+        yield plan
+    finally:
+        if plan is None or not plan.placed:
+            for parameter, trained in before:
+                parameter.requires_grad_(trained)
 
 
 def unload(model: nn.Module) -> None:
-    """Put plain ``nn.Linear`` layers back, in place: merged weights stay merged, adapters that are
-    not merged are dropped.
+    """Put plain layers back, in place: merged weights stay merged, adapters that are not merged
+    are dropped.
 
     Raises ValueError if the model has no adapter of ours.
     """
     model = unwrap(model)
-    replaced: dict[int, nn.Linear] = {}
+    replaced: dict[int, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(module, LoRALinear):
+        if not isinstance(module, AdaptedLayer):
             continue
         if id(module) not in replaced:
-            replaced[id(module)] = _plain_linear(module)
+            replaced[id(module)] = module.plain()
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, replaced[id(module)])
     if not replaced:
         raise ValueError("the model has no fastlora adapter to unload")
-
-
-def _plain_linear(layer: LoRALinear) -> nn.Linear:
-    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
-    linear.register_parameter("weight", layer.weight)
-    linear.register_parameter("bias", layer.bias)
-    return linear.train(layer.training)

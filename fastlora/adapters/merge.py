@@ -8,15 +8,15 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from fastlora.nn.lora_linear import LoRALinear
+from fastlora.nn import AdaptedLayer
 
 
 def merge(model: nn.Module) -> None:
-    """Add every adapter to its base weight, in place; all of them or, on an error, none.
+    """Put every adapter into its base weight, in place; all of them or, on an error, none.
 
-    Raises ValueError if the model has no adapter of ours, if an adapter holds non-finite values,
-    or if a base weight is tied to another module (which would change with it); RuntimeError if a
-    layer is merged already.
+    Raises ValueError if the model has no adapter of ours, if an adapter holds non-finite values
+    or has no place in its base, or if a base weight is tied to another module (which would change
+    with it); RuntimeError if a layer is merged already.
     """
     layers = _adapted(model)
     owners: dict[int, list[str]] = {}
@@ -29,10 +29,12 @@ def merge(model: nn.Module) -> None:
             raise RuntimeError(f"{name} is merged already")
         if len(tied := owners[id(layer.weight)]) > 1:
             raise ValueError(f"{name} shares its weight with {', '.join(set(tied) - {name})}")
-        for part in (layer.lora_A.weight, layer.lora_B.weight):
+        if reason := layer.cannot_merge():
+            raise ValueError(f"the adapter of {name} cannot be merged: {reason}")
+        for part in layer.tensors().values():
             if not torch.isfinite(part).all():
                 raise ValueError(f"the adapter of {name} holds non-finite values")
-    done: list[LoRALinear] = []
+    done: list[AdaptedLayer] = []
     try:
         for _, layer in layers:
             layer.merge()
@@ -76,8 +78,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
 
 
-def _adapted(model: nn.Module) -> list[tuple[str, LoRALinear]]:
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear)]
+def _adapted(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, AdaptedLayer)]
     if not found:
         raise ValueError(
             "the model has no fastlora adapter; a peft model has methods of its own for this"

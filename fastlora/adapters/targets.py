@@ -8,27 +8,27 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fastlora.adapters.config import ALL_LINEAR, LoRAConfig, pattern_matches
+from fastlora.adapters.config import ALL_LINEAR, AdapterConfig, pattern_matches
+from fastlora.adapters.kinds import refusal
 from fastlora.adapters.report import Row
-from fastlora.nn.lora_linear import cannot_adapt
 
 # Layers a user may have thought of as adaptable; what else a model holds needs no mention.
 _KIN = ("Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d")
 
 
 class Target(NamedTuple):
-    """A linear layer to adapt. ``places`` are all (parent, attribute) pairs that hold it."""
+    """A layer to adapt. ``places`` are all (parent, attribute) pairs that hold it."""
 
     name: str
-    linear: nn.Linear
+    module: nn.Module
     places: list[tuple[nn.Module, str]]
 
 
-def find_targets(model: nn.Module, config: LoRAConfig) -> tuple[list[Target], list[Row]]:
+def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[list[Target], list[Row]]:
     """The layers ``config`` names and a row for each kindred layer it does not.
 
     Raises ValueError where nothing matches (naming near misses), where a name given explicitly
-    means a module that is not an ``nn.Linear``, or where a pattern matches no adapted layer.
+    means a module that cannot be adapted, or where a pattern matches no adapted layer.
     """
     heads = _output_embeddings(model)
     targets: dict[int, Target] = {}
@@ -48,10 +48,9 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> tuple[list[Target], li
             skipped.append(Row(name, "named by exclude_modules"))
         elif meant and named is None and id(module) in heads:
             skipped.append(Row(name, "the output embedding, which 'all-linear' leaves out"))
-        elif meant and (reason := _refusal(model, name, module)):
+        elif meant and (reason := _refusal(model, config, name, module)):
             (skipped if named is None else refused).append(Row(name, reason))
         elif meant:
-            assert isinstance(module, nn.Linear)
             targets[id(module)] = Target(name, module, [])
         elif isinstance(module, nn.Linear) or type(module).__name__ in _KIN:
             kind = "not named by target_modules" if named is not None else "not an nn.Linear"
@@ -92,8 +91,8 @@ def names_module(entries: list[str], name: str) -> bool:
     return any(name == entry or name.endswith(f".{entry}") for entry in entries)
 
 
-def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
-    if reason := cannot_adapt(module):
+def _refusal(model: nn.Module, config: AdapterConfig, name: str, module: nn.Module) -> str | None:
+    if reason := refusal(config, name, module):
         return reason
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer):
@@ -106,14 +105,14 @@ def _output_embeddings(model: nn.Module) -> set[int]:
     return set() if found is None else {id(found)}
 
 
-def _check_patterns(config: LoRAConfig, names: list[str]) -> None:
-    for option in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, option):
+def _check_patterns(config: AdapterConfig, names: list[str]) -> None:
+    for option, pattern in config.patterns().items():
+        for key in pattern:
             if not any(pattern_matches(key, name) for name in names):
                 raise ValueError(f"{option}: '{key}' matches no adapted layer{_near([key], names)}")
 
 
-def _nothing_matched(model: nn.Module, config: LoRAConfig) -> str:
+def _nothing_matched(model: nn.Module, config: AdapterConfig) -> str:
     linears = [name for name, m in model.named_modules() if type(m) is nn.Linear and name]
     if type(model) is nn.Linear:
         return (

@@ -1,20 +1,26 @@
-"""A linear layer with a LoRA adapter, as a drop-in for ``torch.nn.Linear``."""
+"""A linear layer with a LoRA, DoRA or LoRA-FA adapter, as a drop-in for ``nn.Linear``."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastlora.nn.plain import added_behaviour
-from fastlora.ops.adapter_linear import adapter_linear
-from fastlora.ops.backend import HALF
+from fastlora.nn.adapted import (
+    adapter_dtype_over,
+    check_dropout,
+    check_finite,
+    check_rank,
+    check_switch,
+)
+from fastlora.nn.adapted_linear import AdaptedLinear, parameters_of
+from fastlora.nn.dora import Magnitude
+from fastlora.ops.adapter_group import Member
 
-FLOATS = (torch.float32, torch.float64, *HALF)
 
-
-class LoRALinear(nn.Module):
+class LoRALinear(AdaptedLinear):
     """y = x Wᵀ + bias + s · drop(x) Aᵀ Bᵀ, with W and bias frozen and A, B trained.
 
     Parameters carry the names they have in peft's files: ``weight`` [N, K] and ``bias`` [N] stay
@@ -23,12 +29,13 @@ class LoRALinear(nn.Module):
     (arXiv 2106.09685, §4.1; initialisation as in the authors' code). s = α/r, or α/√r with
     ``use_rslora`` (arXiv 2312.03732). Make one with ``from_linear``. The forward reads the
     weights of ``lora_A`` and ``lora_B`` and does not call them: hooks on those two do not run.
-    """
 
-    in_features: int
-    out_features: int
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    With ``use_dora`` (arXiv 2402.09353) y = g ∘ (x Wᵀ + s · …) + bias, where g = m / ‖W + s·BA‖ and
+    ``lora_magnitude_vector.weight`` m [N] starts as that norm; a row of norm zero counts as 1e-12.
+    Dropout then reaches the part of the base that g adds, too, as in peft. ``dora_simple`` False
+    lets the gradient of A and B flow through the norm. With ``use_lora_fa`` (2308.03303) A is
+    frozen, and no input is kept for backward. ``lora_bias`` gives B a bias [N], added times s.
+    """
 
     def __init__(
         self,
@@ -39,34 +46,32 @@ class LoRALinear(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
+        *,
+        use_dora: bool = False,
+        dora_simple: bool = True,
+        use_lora_fa: bool = False,
+        lora_bias: bool = False,
     ) -> None:
-        super().__init__()
         check_hyperparameters(r, lora_alpha, lora_dropout)
-        self.out_features, self.in_features = weight.shape
+        check_variants(use_dora, dora_simple, use_lora_fa, lora_bias)
+        super().__init__(weight, bias)
         self.r = r
         self.lora_alpha = lora_alpha
         self.lora_dropout = lora_dropout
         self.use_rslora = use_rslora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        self.merged = False
-        self.enabled = True
-        weight.requires_grad_(False)
-        self.register_parameter("weight", weight)
-        if bias is not None:
-            bias.requires_grad_(False)
-        self.register_parameter("bias", bias)
-        if adapter_dtype is None:
-            adapter_dtype = torch.float32 if weight.dtype in HALF else weight.dtype
-        allowed = {weight.dtype, torch.float32} if weight.dtype in HALF else {weight.dtype}
-        if adapter_dtype not in allowed:
-            raise TypeError(
-                f"adapter_dtype {adapter_dtype} does not go with a base of {weight.dtype}: it is "
-                "the base's, or float32 over a half-precision base"
-            )
-        where = {"device": weight.device, "dtype": adapter_dtype}
+        self.use_lora_fa = use_lora_fa
+        dtype = adapter_dtype_over(weight.dtype, adapter_dtype)
+        where: dict[str, Any] = {"device": weight.device, "dtype": dtype}
         self.lora_A = nn.utils.skip_init(nn.Linear, self.in_features, r, bias=False, **where)
-        self.lora_B = nn.utils.skip_init(nn.Linear, r, self.out_features, bias=False, **where)
+        self.lora_B = nn.utils.skip_init(nn.Linear, r, self.out_features, bias=lora_bias, **where)
+        self.lora_A.weight.requires_grad_(not use_lora_fa)
+        self.lora_magnitude_vector: Magnitude | None = None
         self.reset_parameters()
+        if use_dora:
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            norm = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=wide)
+            self.lora_magnitude_vector = Magnitude(norm, dtype, dora_simple)
 
     @classmethod
     def from_linear(
@@ -77,103 +82,109 @@ class LoRALinear(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
+        **variants: bool,
     ) -> LoRALinear:
         """An adapted layer around ``linear``'s own weight and bias (shared, and frozen by this).
 
         ``adapter_dtype`` is the base's dtype, or float32 over a half-precision base (as in peft).
+        ``variants``: use_dora, dora_simple, use_lora_fa, lora_bias.
 
         Raises TypeError for anything but an exact ``nn.Linear`` with floating weights (a subclass
         may compute something else) and for an ``adapter_dtype`` that does not go with the base's;
         ValueError for a linear with hooks or a forward of its own (they would be lost), r < 1,
-        dropout outside [0, 1) or an α that is not finite.
+        dropout outside [0, 1), an α that is not finite, or variants that do not go together.
         """
-        if reason := cannot_adapt(linear):
-            raise (ValueError if type(linear) is nn.Linear else TypeError)(
-                f"from_linear cannot take this layer: {reason}"
-            )
-        weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-        assert weight is not None  # cannot_adapt has seen it
-        layer = cls(weight, bias, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
+        weight, bias = parameters_of(linear)
+        layer = cls(
+            weight, bias, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, **variants
+        )
         return layer.train(linear.training)
 
     def reset_parameters(self) -> None:
-        """Draw A anew and set B to zero; the base stays."""
+        """Draw A anew and set B (and its bias) to zero; the base stays, and so do magnitudes."""
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
+        if self.lora_B.bias is not None:
+            nn.init.zeros_(self.lora_B.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.merged or not self.enabled:
-            return nn.functional.linear(x, self.weight, self.bias)
-        return adapter_linear(
-            x,
-            self.weight,
-            self.lora_A.weight,
-            self.lora_B.weight,
-            self.scaling,
-            self.bias,
-            self.lora_dropout if self.training else 0.0,
-        )
+    def operands(self, dropout: bool) -> Member:
+        lora_A, lora_B, scaling = self.lora_A.weight, self.lora_B, self.scaling
+        bias: Tensor | None = self.bias
+        p = self.lora_dropout if dropout else 0.0
+        magnitude = self.lora_magnitude_vector
+        if magnitude is not None:
+            g = magnitude.scale(self.weight, lora_A, lora_B.weight, scaling)
+            return Member(self.weight, lora_A, lora_B.weight, scaling, bias, p, g, drop_base=p > 0)
+        if lora_B.bias is not None:
+            bias = bias_with(bias, lora_B.bias, scaling, self.weight.dtype)
+        return Member(self.weight, lora_A, lora_B.weight, scaling, bias, p)
 
-    @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """s · B A [N, K], computed in float32 (float64 for a float64 base), in the base's dtype."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        delta = self.lora_B.weight.to(wide) @ self.lora_A.weight.to(wide)
-        return delta.mul_(self.scaling).to(self.weight.dtype)
+    def tensors(self) -> dict[str, nn.Parameter]:
+        found = {"lora_A.weight": self.lora_A.weight, "lora_B.weight": self.lora_B.weight}
+        if self.lora_B.bias is not None:
+            found["lora_B.bias"] = self.lora_B.bias
+        if self.lora_magnitude_vector is not None:
+            found["lora_magnitude_vector"] = self.lora_magnitude_vector.weight
+        return found
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Add s · B A to the base weight in place; the forward is then one plain linear.
+    def summary(self) -> str:
+        return lora_summary(self)
 
-        A state dict taken while merged holds the merged weight beside A and B.
+    def cannot_merge(self) -> str | None:
+        if self.lora_B.bias is not None and self.bias is None:
+            return "it has a bias of its own (lora_bias), and the base has none to take it"
+        return None
 
-        Raises RuntimeError if it is merged already, ValueError if the result would not be finite;
-        the weight is unchanged then.
-        """
-        if self.merged:
-            raise RuntimeError("the adapter is merged already")
-        merged = self.weight + self.delta_weight()
-        if not torch.isfinite(merged).all():
-            raise ValueError("merging would put non-finite values into the base weight")
-        self.weight.copy_(merged)
-        self.merged = True
+    def _merged_bias(self) -> Tensor | None:
+        return None if self.lora_B.bias is None else self.operands(dropout=False).bias
 
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Subtract s · B A again. The weight returns to within a rounding of what it was.
-
-        Raises RuntimeError if it is not merged.
-        """
-        if not self.merged:
-            raise RuntimeError("the adapter is not merged")
-        self.weight.sub_(self.delta_weight())
-        self.merged = False
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, r={self.r}, lora_alpha={self.lora_alpha}, "
-            f"lora_dropout={self.lora_dropout}, use_rslora={self.use_rslora}"
-        )
+    def _facts(self) -> dict[str, Any]:
+        facts = {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+        }
+        return facts | lora_facts(self)
 
 
-def cannot_adapt(linear: nn.Module) -> str | None:
-    """Why a ``LoRALinear`` cannot stand in for this module, as a sentence; None if it can."""
-    if type(linear) is not nn.Linear:
-        return f"it is a {type(linear).__name__}, not a torch.nn.Linear"
-    weight = linear._parameters.get("weight")
-    if weight is None or type(weight) is not nn.Parameter:
-        return f"its weight is a {type(linear.weight).__name__}, not a plain parameter"
-    if weight.dtype not in FLOATS:
-        return f"its weight is {weight.dtype}, not float32, float64, bfloat16 or float16"
-    return added_behaviour(linear)
+def bias_with(bias: Tensor | None, lora_bias: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """bias + s · lora_bias [N], rounded once to ``dtype``; bias may be None."""
+    own = lora_bias * scaling
+    return (own if bias is None else bias + own).to(dtype)
+
+
+def lora_facts(layer: Any) -> dict[str, Any]:
+    """What a printed layer tells of its LoRA options."""
+    facts = {
+        name: getattr(layer, name) for name in ("r", "lora_alpha", "lora_dropout", "use_rslora")
+    }
+    if getattr(layer, "use_lora_fa", False):
+        facts["use_lora_fa"] = True
+    return facts
+
+
+def lora_summary(layer: Any) -> str:
+    """What a report says of a LoRA adapter."""
+    said = [f"r={layer.r}", f"scaling={layer.scaling:g}"]
+    if layer.lora_magnitude_vector is not None:
+        said.insert(0, "DoRA")
+    if getattr(layer, "use_lora_fa", False):
+        said.insert(0, "A frozen")
+    return ", ".join(said)
 
 
 def check_hyperparameters(r: int, lora_alpha: float, lora_dropout: float) -> None:
     """Raise ValueError unless r ≥ 1, α is finite and dropout is in [0, 1)."""
-    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-        raise ValueError(f"r must be a whole number of at least 1, not {r!r}")
-    if not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha must be a finite number, not {lora_alpha!r}")
-    if not isinstance(lora_dropout, (int, float)) or not 0.0 <= lora_dropout < 1.0:
-        raise ValueError(f"lora_dropout must be in [0, 1), not {lora_dropout!r}")
+    check_rank("r", r)
+    check_finite("lora_alpha", lora_alpha)
+    check_dropout("lora_dropout", lora_dropout)
+
+
+def check_variants(use_dora: bool, dora_simple: bool, use_lora_fa: bool, lora_bias: bool) -> None:
+    """Raise ValueError for variants of LoRA that do not go together."""
+    for name, value in locals().copy().items():
+        check_switch(name, value)
+    if lora_bias and use_dora:
+        raise ValueError("lora_bias does not go with use_dora: peft has no such adapter")
+    if not dora_simple and not use_dora:
+        raise ValueError("dora_simple=False says how DoRA's norm is differentiated; set use_dora")

@@ -100,7 +100,9 @@ def test_loading_into_the_adapter_that_is_there(tiny_llama, tmp_path):
     assert all(a is layer.lora_A for a, layer in zip(parameters, layers(other), strict=True))
     different = tiny_llama()
     fastlora.inject(different, LoRAConfig(r=4, lora_alpha=16))
-    with pytest.raises(ValueError, match=r"q_proj has \(r, lora_alpha, use_rslora\) = \(4, 16.0"):
+    with pytest.raises(
+        ValueError, match=r"q_proj has lora_alpha=16.0, the file has lora_alpha=8.0"
+    ):
         fastlora.load_adapter(different, tmp_path / "a")
     fastlora.merge(other)
     with pytest.raises(ValueError, match="is merged; unmerge"):
@@ -205,12 +207,14 @@ def only_pickle(folder):
             ValueError,
             "must hold an object",
         ),
-        (lambda f: edit_config(f, peft_type="VERA"), ValueError, "peft_type 'VERA' is not LORA"),
-        (lambda f: edit_config(f, peft_type="FANCY"), ValueError, "'FANCY' is not LORA"),
+        (lambda f: edit_config(f, peft_type="VERA"), ValueError, "lora_alpha=8 is an option"),
+        (lambda f: edit_config(f, peft_type="IA3"), ValueError, "'IA3' is none of LORA, ADALORA"),
+        (lambda f: edit_config(f, use_dora=True), ValueError, "lacks .*lora_magnitude_vector"),
+        (lambda f: edit_config(f, lora_bias=True), ValueError, "lacks .*lora_B.bias"),
         (
-            lambda f: edit_config(f, use_dora=True),
+            lambda f: edit_config(f, use_dora=True, lora_bias=True),
             ValueError,
-            "use_dora=True is an option fastlora",
+            "lora_bias does not go with use_dora",
         ),
         (lambda f: edit_config(f, bias="all"), ValueError, "bias='all' is an option"),
         (lambda f: edit_config(f, layers_to_transform=[0]), ValueError, "layers_to_transform"),

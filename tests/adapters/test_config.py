@@ -8,7 +8,7 @@ import pytest
 from fastlora import LoRAConfig
 
 
-@pytest.mark.parametrize("option", ["use_dora", "modules_to_save", "bias", "layers_to_transform"])
+@pytest.mark.parametrize("option", ["use_qalora", "modules_to_save", "bias", "layers_to_transform"])
 def test_an_option_we_do_not_have_is_refused_with_a_way_out(option):
     with pytest.raises(TypeError, match=f"no option {option}.*fastlora.accelerate"):
         LoRAConfig(**{option: None})

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora import LoRAConfig
+from fastlora import LoRAConfig, VeRAConfig
 from fastlora.adapters import layers
 from fastlora.nn import LoRALinear
 
@@ -123,7 +123,7 @@ class Wrapped(nn.Linear):
             "after exclude_modules",
         ),
         (LoRAConfig(target_modules=["input_layernorm"]), "LlamaRMSNorm, not a torch.nn.Linear"),
-        (LoRAConfig(target_modules=["embed_tokens"]), "is a Embedding"),
+        (VeRAConfig(target_modules=["embed_tokens"]), "is a Embedding"),
         (LoRAConfig(target_modules=".*mlp.*"), "LlamaMLP"),
         (
             LoRAConfig(rank_pattern={"q_prj": 2}),
@@ -188,7 +188,8 @@ def test_the_view_shows_live_parameters(tiny_llama):
             0.1,
             "default",
         )
-        assert layer.vectors == {} and not layer.transposed and not layer.merged
+        assert list(layer.tensors) == ["lora_A.weight", "lora_B.weight"]
+        assert not layer.transposed and not layer.merged and layer.method == "LORA"
     with pytest.raises(ValueError, match="no layer of the model has an adapter named 'other'"):
         layers(model, "other")
 

@@ -1,0 +1,47 @@
+"""Which adapted layers of a model read one input, and are therefore computed together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from torch import nn
+
+# Names under which models keep the linears that read one input, side by side in one parent. A name
+# only proposes: a layer that is called with another tensor leaves its group (nn.group).
+FAMILIES = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("linear_q", "linear_k", "linear_v"),
+    ("to_q", "to_k", "to_v"),
+    ("wq", "wk", "wv"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("wi_0", "wi_1"),
+    ("w1", "w3"),
+    ("fc11", "fc12"),
+)
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def find_groups(layers: Mapping[str, Layer]) -> list[dict[str, Layer]]:
+    """Those of these layers (by path) that stand in one family: {path: layer}, two or more each."""
+    by_parent: dict[str, dict[str, str]] = {}
+    for path in layers:
+        parent, _, name = path.rpartition(".")
+        by_parent.setdefault(parent, {})[name] = path
+    groups = []
+    for names in by_parent.values():
+        for family in FAMILIES:
+            paths = [names[name] for name in family if name in names]
+            if len({id(layers[path]) for path in paths}) == len(paths) > 1:
+                groups.append({path: layers[path] for path in paths})
+    return groups
+
+
+def partners(path: str, group: Iterable[str]) -> str:
+    """What a report says of the layer at ``path``: the names it is computed with."""
+    others = [other.rpartition(".")[2] for other in group if other != path]
+    return f"computed with {' and '.join(others)}"

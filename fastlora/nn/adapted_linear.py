@@ -1,0 +1,105 @@
+"""The linear layers of the family: each says which operands it brings to ``adapter_linear``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.nn.adapted import AdaptedLayer, cannot_adapt, refuse
+from fastlora.nn.gated import without_keeping
+from fastlora.nn.group import InputGroup
+from fastlora.nn.plain import added_behaviour
+from fastlora.ops.adapter_group import Member
+from fastlora.ops.adapter_linear import adapter_linear
+
+
+class AdaptedLinear(AdaptedLayer):
+    """A linear layer y = g ∘ (x Wᵀ + s · b ∘ (((drop(x) Aᵀ) ∘ d) Bᵀ)) + bias, base frozen.
+
+    A subclass names its operands in ``operands``; everything else follows from them. ``group`` and
+    ``slot``: the layers that read the same input, if ``inject`` found any.
+    """
+
+    in_features: int
+    out_features: int
+    group: InputGroup | None = None
+    slot: int = 0
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+        super().__init__(weight, bias)
+        self.out_features, self.in_features = weight.shape
+
+    def operands(self, dropout: bool) -> Member | None:
+        """What the layer computes with now, dropout left out if not asked for; None for a layer
+        without ranks, which computes its base."""
+        raise NotImplementedError
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def adapted_forward(self, x: Tensor) -> Tensor:
+        if self.group is not None:
+            y = self.group.result(self, self.slot, x)
+            if y is not None:
+                return y
+        member = self.operands(self.training)
+        return self.base_forward(x) if member is None else compute(x, member)
+
+    def member(self, x: Tensor) -> Member | None:
+        """See ``nn.group.Joining``."""
+        if (
+            self.merged
+            or not self.enabled
+            or added_behaviour(self)
+            or x.device != self.weight.device
+        ):
+            return None
+        return self.operands(self.training)
+
+    def plain(self) -> nn.Linear:
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
+        linear.register_parameter("weight", self.weight)
+        linear.register_parameter("bias", self.bias)
+        return linear.train(self.training)
+
+    def _delta(self, dtype: torch.dtype) -> Tensor:
+        member = self.operands(dropout=False)
+        if member is None:
+            return torch.zeros_like(self.weight, dtype=dtype)
+        left, right = member.lora_B.to(dtype), member.lora_A.to(dtype)
+        if member.adapter_scale is not None:
+            left = left * member.adapter_scale.to(dtype)[:, None]
+        if member.mid_scale is not None:
+            left = left * member.mid_scale.to(dtype)
+        return (left @ right).mul_(member.scaling)
+
+    def _scale(self, dtype: torch.dtype) -> Tensor | None:
+        member = self.operands(dropout=False)
+        if member is None or member.out_scale is None:
+            return None
+        return member.out_scale.to(dtype)[:, None]
+
+
+def parameters_of(linear: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """(weight, bias) of a linear that can be adapted; raises as ``LoRALinear.from_linear`` does."""
+    refuse(linear, cannot_adapt(linear, nn.Linear), nn.Linear)
+    weight = linear._parameters["weight"]
+    assert weight is not None  # cannot_adapt has seen it
+    return weight, linear._parameters["bias"]
+
+
+def compute(x: Tensor, member: Member) -> Tensor:
+    """``adapter_linear`` of x [..., K] with these operands; a gated product x is not kept."""
+    weight, lora_A, lora_B, scaling, bias, dropout_p, g, d, b, drop_base = member
+    if x.grad_fn is None or torch.compiler.is_compiling():
+        if g is None and d is None and b is None:
+            return adapter_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+        return adapter_linear(
+            x, weight, lora_A, lora_B, scaling, bias, dropout_p,
+            out_scale=g, mid_scale=d, adapter_scale=b, drop_base=drop_base,
+        )  # fmt: skip
+    with without_keeping(x) as x:
+        return adapter_linear(
+            x, weight, lora_A, lora_B, scaling, bias, dropout_p,
+            out_scale=g, mid_scale=d, adapter_scale=b, drop_base=drop_base,
+        )  # fmt: skip

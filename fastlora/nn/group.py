@@ -1,0 +1,126 @@
+"""Layers that read one input are computed together, when the first of them is called.
+
+A model calls q_proj(x), k_proj(x), v_proj(x) one after the other. The first call computes all
+three; the others, called with that very x, take their results. Nobody's code is changed: a layer
+that turns out to read something else is computed by itself.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.ops.adapter_group import Member, adapter_group
+
+# A layer leaves its group after so many inputs in a row that it was computed for and did not read.
+# One may be an accident: an exception, or a checkpoint that recomputes no further than it must.
+_MISSES = 3
+
+
+class Joining(Protocol):
+    """A layer that can be computed beside others."""
+
+    def member(self, x: Tensor) -> Member | None:
+        """What it brings to ``adapter_group`` for this input; None if it runs by itself now."""
+
+
+class _Pending(NamedTuple):
+    """Results not yet taken: of which tensor, as it then was, and by slot."""
+
+    x: Tensor
+    version: int | None
+    mode: tuple[Any, ...]
+    ready: dict[int, Tensor]
+
+    def holds(self, slot: int, x: Tensor, version: int | None, mode: tuple[Any, ...]) -> bool:
+        return self.x is x and slot in self.ready and (self.version, self.mode) == (version, mode)
+
+
+class InputGroup:
+    """The group of some layers, each with a slot of its own.
+
+    A layer joins when it is first called, so that a copied or unpickled group, which is empty,
+    fills again; the group keeps no layer alive. Layers may be shared by threads.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._layers: list[weakref.ref[Any] | None] = [None] * size
+        self._misses = [0] * size
+        self._pending: _Pending | None = None
+
+    @classmethod
+    def of(cls, layers: Sequence[nn.Module]) -> InputGroup:
+        group = cls(len(layers))
+        group._layers = [weakref.ref(layer) for layer in layers]
+        return group
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return InputGroup, (len(self._layers),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InputGroup:
+        memo[id(self)] = copied = InputGroup(len(self._layers))
+        return copied
+
+    def result(self, layer: Joining, slot: int, x: Tensor) -> Tensor | None:
+        """The layer's output for x; None where it is to be computed by itself."""
+        if torch.compiler.is_compiling() or not self._has(layer, slot):
+            return None
+        mode, pending = _mode(x), self._pending
+        version = None if x.is_inference() else x._version
+        if pending is not None and pending.holds(slot, x, version, mode):
+            self._misses[slot] = 0
+            y = pending.ready.pop(slot, None)  # None: another thread has just taken it
+            if not pending.ready:
+                self._pending = None
+            return y
+        self._drop(pending)
+        own = layer.member(x)
+        if own is None:
+            return None
+        others = self._others(slot, x, own)
+        if not others:
+            return None
+        results = adapter_group(x, [own, *others.values()])
+        self._pending = _Pending(x, version, mode, dict(zip(others, results[1:], strict=True)))
+        return results[0]
+
+    def _has(self, layer: Joining, slot: int) -> bool:
+        known = self._layers[slot]
+        there = None if known is None else known()
+        if there is None:
+            self._layers[slot] = weakref.ref(layer)
+            return True
+        return there is layer  # DataParallel's replicas share the group of their original
+
+    def _others(self, slot: int, x: Tensor, own: Member) -> dict[int, Member]:
+        found = {}
+        for other, known in enumerate(self._layers):
+            layer = None if known is None else known()
+            if other == slot or layer is None or self._misses[other] >= _MISSES:
+                continue
+            member = layer.member(x)
+            if (
+                member is not None
+                and member.weight.dtype == own.weight.dtype
+                and member.weight.device == own.weight.device
+            ):
+                found[other] = member
+        return found
+
+    def _drop(self, pending: _Pending | None) -> None:
+        if pending is None:
+            return
+        for slot in pending.ready:
+            self._misses[slot] += 1
+        self._pending = None
+
+
+def _mode(x: Tensor) -> tuple[Any, ...]:
+    """What else a result depends on: it may have been computed under no_grad, or by autocast."""
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast

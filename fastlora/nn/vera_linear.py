@@ -1,0 +1,173 @@
+"""VeRA's linear layer, and the random projections that all such layers of a model share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.nn.adapted import adapter_dtype_over, check_dropout, check_finite, check_rank
+from fastlora.nn.adapted_linear import AdaptedLinear, parameters_of
+from fastlora.ops.adapter_group import Member
+
+
+class VeRAProjection(nn.Module):
+    """The frozen ``vera_A`` [r, K] and ``vera_B`` [N, r] of a model; a layer takes A[:, :k], B[:n].
+
+    Kaiming-uniform with gain √2 in float32, A drawn before B from one CPU generator that
+    ``projection_prng_key`` seeds, as in peft: equal keys and sizes give equal matrices there.
+    ``persistent``: they belong to the state dict (False: they are drawn anew from the key).
+    """
+
+    vera_A: Tensor
+    vera_B: Tensor
+
+    def __init__(
+        self,
+        r: int,
+        in_features: int,
+        out_features: int,
+        projection_prng_key: int = 0,
+        persistent: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        check_rank("r", r)
+        self.r = r
+        self.projection_prng_key = projection_prng_key
+        self._copies: dict[Any, tuple[Any, Tensor, Tensor]] = {}
+        generator = torch.Generator("cpu").manual_seed(projection_prng_key)
+        for name, shape in (("vera_A", (r, in_features)), ("vera_B", (out_features, r))):
+            bound = math.sqrt(6 / shape[1])
+            drawn = torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
+            self.register_buffer(name, drawn.to(device), persistent)
+
+    def sliced(
+        self, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """(A [r, in_features], B [out_features, r]) as views; in another dtype or on another device
+        they are views of one copy, which all layers share."""
+        A, B = self.vera_A, self.vera_B
+        if A.dtype != dtype or A.device != device:
+            made = A.data_ptr(), B.data_ptr(), A._version, B._version
+            copy = self._copies.get((dtype, device))
+            if copy is None or copy[0] != made:
+                copy = made, A.to(device, dtype), B.to(device, dtype)
+                self._copies[dtype, device] = copy
+            _, A, B = copy
+        return A[:, :in_features], B[:out_features]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_copies": {}}
+
+
+class VeRALinear(AdaptedLinear):
+    """y = x Wᵀ + bias + b ∘ (((drop(x) Aᵀ) ∘ d) Bᵀ)   (arXiv 2310.11454, eq. 2).
+
+    ``vera_lambda_d`` [r] starts at ``d_initial`` and ``vera_lambda_b`` [N] at zero; these two are
+    trained. A and B are slices of the model's one ``VeRAProjection``, which only the layer that was
+    given it with ``owns_projection`` holds as a submodule, so that it moves, and is saved, once.
+    Make one with ``from_linear``.
+    """
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        projection: VeRAProjection,
+        vera_dropout: float = 0.0,
+        d_initial: float = 0.1,
+        adapter_dtype: torch.dtype | None = None,
+        owns_projection: bool = True,
+    ) -> None:
+        check_dropout("vera_dropout", vera_dropout)
+        check_finite("d_initial", d_initial)
+        super().__init__(weight, bias)
+        n, k = projection.vera_B.shape[0], projection.vera_A.shape[1]
+        if k < self.in_features or n < self.out_features:
+            raise ValueError(
+                f"the projections serve layers of up to {k} → {n} features, this one has "
+                f"{self.in_features} → {self.out_features}"
+            )
+        self.r = projection.r
+        self.vera_dropout = vera_dropout
+        self.d_initial = d_initial
+        self._projection = (projection,)  # in a tuple: no submodule of this layer
+        if owns_projection:
+            self.vera_projection = projection
+        dtype, device = adapter_dtype_over(weight.dtype, adapter_dtype), weight.device
+        self.vera_lambda_d = nn.Parameter(torch.empty(self.r, dtype=dtype, device=device))
+        self.vera_lambda_b = nn.Parameter(torch.empty(len(weight), dtype=dtype, device=device))
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        projection: VeRAProjection | None = None,
+        r: int = 256,
+        vera_dropout: float = 0.0,
+        d_initial: float = 0.1,
+        adapter_dtype: torch.dtype | None = None,
+        owns_projection: bool = True,
+    ) -> VeRALinear:
+        """An adapted layer around ``linear``'s own weight and bias (shared, and frozen by this).
+
+        ``projection``: shared with other layers; None draws one of rank ``r`` for this layer
+        alone. Raises as ``LoRALinear.from_linear`` does, and ValueError for a projection that is
+        too small.
+        """
+        weight, bias = parameters_of(linear)
+        if projection is None:
+            n, k = weight.shape
+            projection = VeRAProjection(r, k, n, device=weight.device)
+        layer = cls(
+            weight, bias, projection, vera_dropout, d_initial, adapter_dtype, owns_projection
+        )
+        return layer.train(linear.training)
+
+    @property
+    def projection(self) -> VeRAProjection:
+        return self._projection[0]
+
+    def reset_parameters(self) -> None:
+        """Set d to ``d_initial`` and b to zero; base and projections stay."""
+        nn.init.constant_(self.vera_lambda_d, self.d_initial)
+        nn.init.zeros_(self.vera_lambda_b)
+
+    def slices(self) -> tuple[Tensor, Tensor]:
+        """This layer's A [r, K] and B [N, r], in its weight's dtype."""
+        weight = self.weight
+        return self.projection.sliced(
+            self.in_features, self.out_features, weight.dtype, weight.device
+        )
+
+    def operands(self, dropout: bool) -> Member:
+        A, B = self.slices()
+        return Member(
+            self.weight,
+            A,
+            B,
+            1.0,
+            self.bias,
+            self.vera_dropout if dropout else 0.0,
+            mid_scale=self.vera_lambda_d,
+            adapter_scale=self.vera_lambda_b,
+        )
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        return {"vera_lambda_d": self.vera_lambda_d, "vera_lambda_b": self.vera_lambda_b}
+
+    def summary(self) -> str:
+        return f"VeRA, r={self.r}"
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            "r": self.r,
+            "vera_dropout": self.vera_dropout,
+        }
