@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from fastlora.ops.adapter_group import Member, adapter_group
 
-# A layer leaves its group after so many inputs in a row that it was computed for and did not read.
-# One may be an accident: an exception, or a checkpoint that recomputes no further than it must.
+# A layer is no longer computed with another after so many inputs in a row that it then did not
+# read. One may be an accident: an exception, or a checkpoint that recomputes no more than it must.
 _MISSES = 3
 
 
@@ -29,15 +29,20 @@ class Joining(Protocol):
 
 
 class _Pending(NamedTuple):
-    """Results not yet taken: of which tensor, as it then was, and by slot."""
+    """Results not yet taken: for which input, and when which layer was called; and by slot the
+    operands, what state they were in, and the result."""
 
     x: Tensor
-    version: int | None
-    mode: tuple[Any, ...]
+    leader: int
+    members: dict[int, Member]
+    states: dict[int, Any]
     ready: dict[int, Tensor]
 
-    def holds(self, slot: int, x: Tensor, version: int | None, mode: tuple[Any, ...]) -> bool:
-        return self.x is x and slot in self.ready and (self.version, self.mode) == (version, mode)
+    def holds(self, x: Tensor, slot: int) -> bool:
+        """Whether a layer's result for x is there, and nothing it depends on has changed since."""
+        if x is not self.x or slot not in self.ready:
+            return False
+        return self.states[slot] == _state(x, self.members[slot])
 
 
 class InputGroup:
@@ -49,7 +54,7 @@ class InputGroup:
 
     def __init__(self, size: int) -> None:
         self._layers: list[weakref.ref[Any] | None] = [None] * size
-        self._misses = [0] * size
+        self._misses: dict[tuple[int, int], int] = {}  # by (layer called, layer computed with it)
         self._pending: _Pending | None = None
 
     @classmethod
@@ -69,11 +74,10 @@ class InputGroup:
         """The layer's output for x; None where it is to be computed by itself."""
         if torch.compiler.is_compiling() or not self._has(layer, slot):
             return None
-        mode, pending = _mode(x), self._pending
-        version = None if x.is_inference() else x._version
-        if pending is not None and pending.holds(slot, x, version, mode):
-            self._misses[slot] = 0
+        pending = self._pending
+        if pending is not None and pending.holds(x, slot):
             y = pending.ready.pop(slot, None)  # None: another thread has just taken it
+            self._misses.pop((pending.leader, slot), None)
             if not pending.ready:
                 self._pending = None
             return y
@@ -85,7 +89,9 @@ class InputGroup:
         if not others:
             return None
         results = adapter_group(x, [own, *others.values()])
-        self._pending = _Pending(x, version, mode, dict(zip(others, results[1:], strict=True)))
+        states = {other: _state(x, member) for other, member in others.items()}
+        ready = dict(zip(others, results[1:], strict=True))
+        self._pending = _Pending(x, slot, others, states, ready)
         return results[0]
 
     def _has(self, layer: Joining, slot: int) -> bool:
@@ -100,7 +106,7 @@ class InputGroup:
         found = {}
         for other, known in enumerate(self._layers):
             layer = None if known is None else known()
-            if other == slot or layer is None or self._misses[other] >= _MISSES:
+            if other == slot or layer is None or self._misses.get((slot, other), 0) >= _MISSES:
                 continue
             member = layer.member(x)
             if (
@@ -115,12 +121,18 @@ class InputGroup:
         if pending is None:
             return
         for slot in pending.ready:
-            self._misses[slot] += 1
+            pair = pending.leader, slot
+            self._misses[pair] = self._misses.get(pair, 0) + 1
         self._pending = None
 
 
-def _mode(x: Tensor) -> tuple[Any, ...]:
-    """What else a result depends on: it may have been computed under no_grad, or by autocast."""
+def _state(x: Tensor, member: Member) -> Any:
+    """What a result depends on beside the input's identity: writes since, no_grad, autocast."""
     kind = x.device.type
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
+    versions = [
+        operand._version
+        for operand in (x, *member)
+        if isinstance(operand, Tensor) and not operand.is_inference()
+    ]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, versions

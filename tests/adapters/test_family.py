@@ -487,3 +487,27 @@ def test_a_grouped_convolution_computes_as_pefts_and_is_not_merged():
     torch.testing.assert_close(base(x), theirs(x))
     with pytest.raises(ValueError, match="grouped convolution"):
         fastlora.merge(base)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}])
+def test_dropout_on_a_convolution_is_pefts(options):
+    """Both draw the mask by torch's own dropout, so that one seed gives both the same."""
+    base = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3))
+    config = {"r": 2, "target_modules": ["0"], "lora_dropout": 0.4} | options
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(**config), copy.deepcopy(base)).train()
+    fastlora.inject(base.train(), LoRAConfig(**config))
+    randomise(trained(theirs).values())
+    with torch.no_grad():
+        for key, tensor in trained(base).items():
+            tensor.copy_(trained(theirs)[key])
+    x = torch.randn(2, 4, 5, 5)
+    outputs = []
+    for model in (base, theirs):
+        torch.manual_seed(3)
+        outputs.append(model(x))
+        outputs[-1].square().mean().backward()
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+    for key, tensor in trained(base).items():
+        torch.testing.assert_close(tensor.grad, trained(theirs)[key].grad, atol=1e-5, rtol=1e-5)
+    single = torch.randn(4, 5, 5)  # without a batch
+    torch.testing.assert_close(base.eval()(single), base(single[None])[0])

@@ -229,7 +229,7 @@ def _measure_memory(contestant: Contestant, batch: Tensor, device: torch.device)
 
     gc.collect()
     with contestant.around():
-        contestant.saved_bytes = memory.saved_bytes(contestant.model, forward)
+        contestant.saved_bytes = memory.saved_bytes(forward, device)
         contestant.peak_bytes = memory.peak_bytes(lambda: forward().backward(), device)
     contestant.model.zero_grad(set_to_none=True)
 

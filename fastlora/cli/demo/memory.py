@@ -1,8 +1,9 @@
-"""What one forward and backward keeps and needs: counted, outside any timed step."""
+"""What one forward and backward keep and need: counted, outside any timed step."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -11,27 +12,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-CPU_METHOD = "largest sum of live allocations in torch.profiler's memory record of one step"
-CUDA_METHOD = "torch.cuda.max_memory_allocated of one step, less what was resident before it"
+CPU_METHOD = "live allocations in torch.profiler's memory record: after the forward, and at most"
+CUDA_METHOD = "torch.cuda.memory_allocated after the forward, max_memory_allocated of the step"
 
 
-def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes of the distinct storages autograd saves in ``forward``, the model's own left out."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    saved: dict[int, int] = {}
+def saved_bytes(forward: Callable[[], Tensor], device: torch.device) -> int:
+    """Bytes that are alive between forward and backward and were not before: what is kept.
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()  # held: the graph keeps every packed tensor, so no address comes twice
-    del output
-    return sum(saved.values())
+    ``forward`` returns the loss; it runs once before, so that caches it fills are not counted.
+    """
+    with torch.no_grad():
+        forward()
+    held: list[Tensor] = []  # as in a training step, the loss alone holds the graph
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        resident = torch.cuda.memory_allocated(device)
+        held.append(forward())
+        return torch.cuda.memory_allocated(device) - resident
+    return sum(_changes(lambda: held.append(forward())))
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
@@ -43,6 +43,11 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - resident
+    return max(itertools.accumulate(_changes(step)), default=0)
+
+
+def _changes(step: Callable[[], object]) -> list[int]:
+    """Bytes allocated (positive) and freed (negative) on the CPU during ``step``, in order."""
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         with _without_native_log():
@@ -52,12 +57,8 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
                 step()
             profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    changes = [event for event in events if event.get("name") == "[memory]"]
-    live = peak = 0
-    for event in sorted(changes, key=lambda event: event["ts"]):
-        live += event["args"]["Bytes"]
-        peak = max(peak, live)
-    return peak
+    found = [event for event in events if event.get("name") == "[memory]"]
+    return [event["args"]["Bytes"] for event in sorted(found, key=lambda event: event["ts"])]
 
 
 @contextlib.contextmanager
