@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.nn.adapted import AdaptedLayer, cannot_adapt, refuse
-from fastlora.nn.gated import without_keeping
 from fastlora.nn.group import InputGroup
 from fastlora.nn.plain import added_behaviour
+from fastlora.nn.recomputed import without_keeping
 from fastlora.ops.adapter_group import Member
 from fastlora.ops.adapter_linear import adapter_linear
 
@@ -89,7 +89,7 @@ def parameters_of(linear: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]
 
 
 def compute(x: Tensor, member: Member) -> Tensor:
-    """``adapter_linear`` of x [..., K] with these operands; a gated product x is not kept."""
+    """``adapter_linear`` of x [..., K] with these operands, x kept only if it must be."""
     weight, lora_A, lora_B, scaling, bias, dropout_p, g, d, b, drop_base = member
     if x.grad_fn is None or torch.compiler.is_compiling():
         if g is None and d is None and b is None:
