@@ -87,7 +87,7 @@ def find(x: Tensor) -> Recipe | None:
         return None
     try:
         gate = _gate(x)
-        recipe: Recipe | None = _replay(x.grad_fn, _MOST_STEPS) if gate is None else gate
+        recipe: Any = _replay(x.grad_fn, _MOST_STEPS) if gate is None else gate
     except (AttributeError, RuntimeError):  # another PyTorch's graph; freed, or changed in place
         return None
     # a view of something larger, or a layout of its own, is not what the recipe would give
