@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastlora.ops import backend as _backend
 from fastlora.ops.adapter_linear.contract import Scales
+from fastlora.ops.dropout import threshold
 
 AUTOCAST = (torch.float32, *_backend.HALF)  # what autocast casts
 
@@ -86,8 +87,20 @@ def check(
         raise ValueError(f"scaling must be a finite number, not {scaling}")
 
 
-def check_scales(scales: Scales, x: Tensor, lora_B: Tensor) -> None:
-    """The same for the vectors."""
+def check_vectors(
+    scales: Scales, x: Tensor, lora_B: Tensor, dropout_p: float, drop_base: bool
+) -> tuple[Scales | None, bool]:
+    """The same for the vectors and ``drop_base``: (scales or None, whether drop_base acts)."""
+    given = scales.out is not None or scales.mid is not None or scales.adapter is not None
+    if given:
+        _check_scales(scales, x, lora_B)
+        drop_base = drop_base and threshold(dropout_p) > 0
+    if drop_base and scales.out is None:
+        raise ValueError("drop_base=True needs an out_scale: without one the base is not scaled")
+    return scales if given else None, drop_base
+
+
+def _check_scales(scales: Scales, x: Tensor, lora_B: Tensor) -> None:
     n, r = lora_B.shape
     for name, vector, size in (
         ("out_scale", scales.out, n),

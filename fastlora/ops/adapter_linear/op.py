@@ -18,11 +18,10 @@ from fastlora.ops.adapter_linear.entry import (
     autocasts,
     cast,
     check,
-    check_scales,
+    check_vectors,
     is_transformed,
 )
 from fastlora.ops.adapter_linear.scaled import ScaledAdapterLinear
-from fastlora.ops.dropout import threshold
 
 
 def adapter_linear(
@@ -90,12 +89,10 @@ def adapter_linear(
         bias = None if bias is None else cast(bias, dtype)
     check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
     scales = None
-    if out_scale is not None or mid_scale is not None or adapter_scale is not None:
+    vectors = out_scale is not None or mid_scale is not None or adapter_scale is not None
+    if vectors or drop_base:
         scales = Scales(out_scale, mid_scale, adapter_scale)
-        check_scales(scales, x, lora_B)
-        drop_base = drop_base and threshold(dropout_p) > 0
-    if drop_base and out_scale is None:
-        raise ValueError("drop_base=True needs an out_scale: without one the base is not scaled")
+        scales, drop_base = check_vectors(scales, x, lora_B, dropout_p, drop_base)
     arguments = (x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     if torch.compiler.is_compiling():
         # registering operators imports dynamo and triton, so it waits until somebody compiles

@@ -431,7 +431,7 @@ def draw_seed(device: torch.device | str) -> Tensor:
 
 
 @cache
-def _arch(device: torch.device) -> tiles.Arch:
+def arch_of(device: torch.device) -> tiles.Arch:
     if device.type == "cpu":
         return tiles.INTERPRETER
     facts = torch.cuda.get_device_properties(device)
@@ -497,7 +497,7 @@ def _sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
         return parts[0]
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     count = out.numel()
-    tile = tiles.choose("sum", torch.float32, 1, 1, 1, 1, _arch(parts.device))
+    tile = tiles.choose("sum", torch.float32, 1, 1, 1, 1, arch_of(parts.device))
     adapter_linear_sum_kernel[(tiles.cdiv(count, tile.BLOCK_N),)](
         parts, out, parts.shape[0], count, **_options(tile, "BLOCK_M", "BLOCK_N")
     )
@@ -507,7 +507,7 @@ def _sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
 def shrink(x: Tensor, lora_A: Tensor, scaling: float, level: int, seed: Tensor | None) -> Tensor:
     """t [M, r] = s * keep_scale * drop(x) Aᵀ in x's dtype. x [M, K], lora_A [r, K]."""
     (M, K), r = x.shape, lora_A.shape[0]
-    arch = _arch(x.device)
+    arch = arch_of(x.device)
     regular = _regular(r, (K,), (x,), (lora_A,))
     tile = tiles.choose("shrink", x.dtype, M, 0, K, r, arch, regular)
     splits, steps = tiles.shrink_splits(tile, M, K, r, arch)
@@ -553,7 +553,7 @@ def main(
     """
     (M, r), N = t.shape, b.shape[1]
     K = 0 if x is None else x.shape[1]
-    arch = _arch(t.device)
+    arch = arch_of(t.device)
     rows = (t,) if r > 16 else ()
     others = (b,) if r > 16 else ()
     if x is not None and w is not None:
@@ -619,7 +619,7 @@ def bwd_dy(
         db = None if t is None else dy.new_zeros((N, r), dtype=torch.float32)
         wanted = 1 if bias is None else 2
         return h, db, None if y is None else [dy.new_zeros(N, dtype=torch.float32)] * wanted
-    arch = _arch(dy.device)
+    arch = arch_of(dy.device)
     rows = (dy,) if r <= 16 or t is None else (dy, t)
     rows = rows if y is None else (*rows, y)
     others = (lora_B,) if r > 16 and lora_B is not None else ()
@@ -676,7 +676,7 @@ def bwd_da(h: Tensor, x: Tensor, level: int, seed: Tensor | None) -> Tensor:
     (M, K), r = x.shape, h.shape[1]
     if 0 in (M, K):  # nothing to launch
         return h.new_zeros((r, K), dtype=torch.float32)
-    arch = _arch(x.device)
+    arch = arch_of(x.device)
     regular = _regular(r, (K,), (x, h) if r > 16 else (x,), ())
     tile = tiles.choose("bwd_da", x.dtype, M, 0, K, r, arch, regular)
     programs = tiles.cdiv(K, tile.BLOCK_K) * tiles.cdiv(r, tile.BLOCK_R)
@@ -707,7 +707,7 @@ def _bwd_dg(dy: Tensor, x: Tensor, weight: Tensor, asked: Tensor) -> Tensor:
     It never waits to learn whether a column is asked for: the kernel looks, and nearly always ends.
     """
     (M, K), N = x.shape, weight.shape[0]
-    arch = _arch(x.device)
+    arch = arch_of(x.device)
     regular = _regular(16, (N, K), (dy, x), (weight,))
     tile = tiles.choose("bwd_dg", x.dtype, M, N, K, 16, arch, regular)
     tiles_k = tiles.cdiv(K, tile.BLOCK_K)
@@ -758,7 +758,7 @@ def _drop(
     if out is None:
         out = torch.empty((M, K), dtype=x.dtype, device=x.device)
     regular = _regular(16, (K,), (x,), ())
-    tile = tiles.choose("drop", x.dtype, M, 0, K, 16, _arch(x.device), regular)
+    tile = tiles.choose("drop", x.dtype, M, 0, K, 16, arch_of(x.device), regular)
     adapter_linear_drop_kernel[(tiles.cdiv(M, tile.BLOCK_M) * tiles.cdiv(K, tile.BLOCK_K),)](
         x,
         out,
@@ -804,7 +804,7 @@ def forward(
     level = level_of(dropout_p, seed)
     with on_device(x):
         t = shrink(x, lora_A, scaling, level, seed)
-        if tiles.algorithm("forward", x.dtype, M, N, K, r, _arch(x.device)) == "fused":
+        if tiles.algorithm("forward", x.dtype, M, N, K, r, arch_of(x.device)) == "fused":
             y = main(x, weight.t(), t, lora_B.t(), bias, 0, None)
         else:
             up = lora_B.t()
@@ -856,7 +856,7 @@ def backward(
             r, K = lora_A.shape
             if 0 in (M, N, K):
                 dx = torch.mm(dy, weight)
-            elif tiles.algorithm("dx", dy.dtype, M, N, K, r, _arch(dy.device)) == "fused":
+            elif tiles.algorithm("dx", dy.dtype, M, N, K, r, arch_of(dy.device)) == "fused":
                 dx = main(dy, weight, h, lora_A, None, level, seed)
             else:
                 dx = main(None, None, h, lora_A, None, level, seed) if level else h @ lora_A
@@ -868,7 +868,7 @@ def up(x: Tensor, w: Tensor, t: Tensor, b: Tensor, bias: Tensor | None, part: st
     """t b + x w + bias [M, N] by the algorithm of ``part``. x [M, K], w [K, N], t, b [r, N]."""
     (M, K), (r, N) = x.shape, b.shape
     own = (N, K) if part == "forward" else (K, N)
-    if tiles.algorithm(part, x.dtype, M, *own, r, _arch(x.device)) == "fused":
+    if tiles.algorithm(part, x.dtype, M, *own, r, arch_of(x.device)) == "fused":
         return main(x, w, t, b, bias, 0, None)
     out = torch.mm(t, b) if bias is None else torch.addmm(bias, t, b)
     return out.addmm_(x, w)
@@ -910,7 +910,7 @@ def scaled_forward(
             dropped = _drop(x, total_scale(1.0, level), level, seed)
             z = up(dropped, weight.t(), t, lora_B.t(), None, "forward")
             y.addcmul_(z, eager.less_one(out_scale, x.dtype))
-        elif tiles.algorithm("forward", x.dtype, M, N, K, r, _arch(x.device)) == "fused":
+        elif tiles.algorithm("forward", x.dtype, M, N, K, r, arch_of(x.device)) == "fused":
             y = main(x, weight.t(), t, lora_B.t(), bias, 0, None, scale_out=out_scale)
         else:
             y = torch.mm(t, lora_B.t()).addmm_(x, weight.t())
@@ -996,7 +996,7 @@ def scaled_backward(
                 extra = eager.less_one(out_scale, torch.float32) * total_scale(1.0, level)
                 dx = up(eager.times(dy, extra), weight, h, lora_A, None, "dx")
                 dx = _drop(dx, 1.0, level, seed, out=dx).addmm_(dy, weight)
-            elif tiles.algorithm("dx", dy.dtype, M, N, K, r, _arch(dy.device)) == "fused":
+            elif tiles.algorithm("dx", dy.dtype, M, N, K, r, arch_of(dy.device)) == "fused":
                 dx = main(dy, weight, h, lora_A, None, level, seed, scale_in=out_scale)
             else:
                 dx = main(None, None, h, lora_A, None, level, seed) if level else h @ lora_A
