@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +30,11 @@ class AdaptedLinear(AdaptedLayer):
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         super().__init__(weight, bias)
         self.out_features, self.in_features = weight.shape
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.group is not None:
+            self.group.join(self, self.slot)
 
     def operands(self, dropout: bool) -> Member | None:
         """What the layer computes with now, dropout left out if not asked for; None for a layer

@@ -49,8 +49,8 @@ class _Pending(NamedTuple):
 class InputGroup:
     """The group of some layers, each with a slot of its own.
 
-    A layer joins when it is first called, so that a copied or unpickled group, which is empty,
-    fills again; the group keeps no layer alive. Layers may be shared by threads.
+    A copied or unpickled group is empty: the layers that are copied with it ``join`` it, at the
+    latest when they are first called. The group keeps no layer alive. Threads may share layers.
     """
 
     def __init__(self, size: int) -> None:
@@ -71,9 +71,18 @@ class InputGroup:
         memo[id(self)] = copied = InputGroup(len(self._layers))
         return copied
 
+    def join(self, layer: Joining, slot: int) -> bool:
+        """Take a slot that is free; whether it is this layer's then."""
+        known = self._layers[slot]
+        there = None if known is None else known()
+        if there is None:
+            self._layers[slot] = weakref.ref(layer)
+            return True
+        return there is layer  # DataParallel's replicas share the group of their original
+
     def result(self, layer: Joining, slot: int, x: Tensor) -> Tensor | None:
         """The layer's output for x; None where it is to be computed by itself."""
-        if torch.compiler.is_compiling() or not self._has(layer, slot):
+        if torch.compiler.is_compiling() or not self.join(layer, slot):
             return None
         pending = self._pending
         if pending is not None and pending.holds(x, slot):
@@ -98,14 +107,6 @@ class InputGroup:
         ready = dict(zip(others, results[1:], strict=True))
         self._pending = _Pending(x, slot, others, states, ready)
         return results[0]
-
-    def _has(self, layer: Joining, slot: int) -> bool:
-        known = self._layers[slot]
-        there = None if known is None else known()
-        if there is None:
-            self._layers[slot] = weakref.ref(layer)
-            return True
-        return there is layer  # DataParallel's replicas share the group of their original
 
     def _others(self, slot: int, x: Tensor, own: Member) -> dict[int, Member]:
         found = {}
