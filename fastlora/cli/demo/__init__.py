@@ -153,7 +153,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     tokenizer, base, batches = _load(arguments, source, corpus, device, dtype)
     recipe = methods.Recipe(
-        arguments.method,
+        method,
         arguments.rank,
         arguments.alpha,
         arguments.dropout,

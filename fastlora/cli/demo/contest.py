@@ -19,7 +19,7 @@ from torch import Tensor
 import fastlora
 from fastlora.adapters import Report, inject, layers, save_adapter
 from fastlora.cli.demo import memory
-from fastlora.cli.demo.methods import METHODS, Recipe
+from fastlora.cli.demo.methods import Recipe
 from fastlora.cli.demo.model import share
 from fastlora.cli.errors import UserError
 
@@ -72,9 +72,8 @@ def enter(base: Any, recipe: Recipe, seed: int) -> tuple[dict[str, Contestant], 
             return contextlib.nullcontext()
         return fastlora.use_backend(recipe.backend)
 
-    method = METHODS[recipe.method]
     # a peft model adds what the method has beside the layers itself
-    beside = method.beside if recipe.via == "inject" else None
+    beside = recipe.method.beside if recipe.via == "inject" else None
     contestants = [
         Contestant(FROZEN, share(base)),
         Contestant(PEFT, rival, optimizer=_optimizer(rival, recipe)),
@@ -119,7 +118,7 @@ def save(contestant: Contestant, recipe: Recipe, folder: Path) -> None:
 def _with_peft(base: Any, recipe: Recipe) -> Any:
     import peft
 
-    config = METHODS[recipe.method].theirs(recipe)
+    config = recipe.method.theirs(recipe)
     with warnings.catch_warnings():
         # peft asks transformers a question under its old name
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
@@ -135,13 +134,13 @@ def _with_fastlora(base: Any, recipe: Recipe) -> tuple[Any, Report]:
             raise UserError(f"no layer of the peft model can be accelerated: {reason}")
         return model, report
     model = share(base)
-    return model, inject(model, METHODS[recipe.method].ours(recipe))
+    return model, inject(model, recipe.method.ours(recipe))
 
 
 def _optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=0.0)
-    if attach := METHODS[recipe.method].around_steps:
+    if attach := recipe.method.around_steps:
         attach(model, optimizer)
     return optimizer
 
@@ -172,6 +171,14 @@ def divergence(contestant: Contestant) -> str | None:
     if contestant.eval_loss_after is not None and not math.isfinite(contestant.eval_loss_after):
         return f"{contestant.name}'s held-out loss is not finite after training"
     return None
+
+
+def backward(contestant: Contestant, batch: Tensor) -> Tensor:
+    """The loss of one batch, its gradients left in the parameters."""
+    with contestant.around():
+        loss = _loss(contestant, batch)
+        loss.backward()
+    return loss
 
 
 def measure_memory(contestants: list[Contestant], batch: Tensor, device: torch.device) -> None:

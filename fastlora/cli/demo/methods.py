@@ -16,20 +16,6 @@ ALL_LINEAR: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUS
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How the adapter is made and trained."""
-
-    method: str
-    r: int
-    alpha: float
-    dropout: float
-    lr: float
-    steps: int
-    via: str
-    backend: str | None
-
-
-@dataclass(frozen=True)
 class Method:
     """``title``: as in tables. ``rank`` and ``lr``: what the demo takes unless told otherwise.
 
@@ -46,6 +32,20 @@ class Method:
     has_alpha: bool = True
     around_steps: Callable[[nn.Module, torch.optim.Optimizer], object] | None = None
     beside: Callable[[nn.Module], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the adapter is made and trained."""
+
+    method: Method
+    r: int
+    alpha: float
+    dropout: float
+    lr: float
+    steps: int
+    via: str
+    backend: str | None
 
 
 def _lora_options(recipe: Recipe) -> dict[str, Any]:
