@@ -14,6 +14,7 @@ from fastlora.adapters import layers
 peft = pytest.importorskip("peft")
 
 from fastlora.integrations import peft as ours  # noqa: E402
+from fastlora.nn import adapted_linear, group  # noqa: E402
 
 IDS = torch.arange(24).view(2, 12) % 96
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -56,10 +57,15 @@ def close(a, b, tolerance=1e-5):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts the calls of the fused operation."""
+    """Counts the layers that the fused operation computed, alone or several in one call."""
     counted = []
-    original = ours.adapter_linear
-    monkeypatch.setattr(ours, "adapter_linear", lambda *a: counted.append(1) or original(*a))
+    alone, together = adapted_linear.adapter_linear, group.adapter_group
+    monkeypatch.setattr(
+        adapted_linear, "adapter_linear", lambda *a, **k: counted.append(1) or alone(*a, **k)
+    )
+    monkeypatch.setattr(
+        group, "adapter_group", lambda x, members: counted.extend(members) or together(x, members)
+    )
     return counted
 
 
