@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -56,6 +58,11 @@ class AdaptedLinear(AdaptedLayer):
             return None
         return self.operands(self.training)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.group is not None:
+            self.group.join(self, self.slot)  # the copy of a group starts empty
+
     def plain(self) -> nn.Linear:
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
         linear.register_parameter("weight", self.weight)
@@ -91,7 +98,8 @@ def parameters_of(linear: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]
 def compute(x: Tensor, member: Member) -> Tensor:
     """``adapter_linear`` of x [..., K] with these operands; a gated product x is not kept."""
     weight, lora_A, lora_B, scaling, bias, dropout_p, g, d, b, drop_base = member
-    if torch.compiler.is_compiling() or x.grad_fn is None:  # it has no grad_fn while compiling
+    # while compiling it has no grad_fn to look at
+    if torch.compiler.is_compiling() or x.grad_fn is None or _is_transformed():
         if g is None and d is None and b is None:
             return adapter_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
         return adapter_linear(
@@ -103,3 +111,12 @@ def compute(x: Tensor, member: Member) -> Tensor:
             x, weight, lora_A, lora_B, scaling, bias, dropout_p,
             out_scale=g, mid_scale=d, adapter_scale=b, drop_base=drop_base,
         )  # fmt: skip
+
+
+def _is_transformed() -> bool:
+    """Whether the call runs under something that cannot enter a custom autograd Function."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )

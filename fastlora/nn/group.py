@@ -20,6 +20,8 @@ from fastlora.ops.adapter_group import Member, adapter_group
 # read. One may be an accident: an exception, or a checkpoint that recomputes no more than it must.
 _MISSES = 3
 
+_hooks_on_top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
 
 class Joining(Protocol):
     """A layer that can be computed beside others."""
@@ -48,13 +50,19 @@ class _Pending(NamedTuple):
 class InputGroup:
     """The group of some layers, each with a slot of its own.
 
-    A layer joins when it is first called, so that a copied or unpickled group, which is empty,
-    fills again; the group keeps no layer alive. Layers may be shared by threads.
+    A copied or unpickled group is empty; a layer joins when it is itself copied, or first called.
+    The group keeps no layer alive. Layers may be shared by threads.
+
+    A checkpoint (``use_reentrant=False``) that recomputes a call must find the same layers computed
+    together as the first time. So while graphs that it may have to recompute wait for their
+    backward, no layer is left out that was not left out before.
     """
 
     def __init__(self, size: int) -> None:
         self._layers: list[weakref.ref[Any] | None] = [None] * size
         self._misses: dict[tuple[int, int], int] = {}  # by (layer called, layer computed with it)
+        self._left: set[tuple[int, int]] = set()  # the pairs that have missed too often
+        self._waiting: list[weakref.ref[Any]] = []  # nodes of graphs that may be recomputed
         self._pending: _Pending | None = None
 
     @classmethod
@@ -69,6 +77,9 @@ class InputGroup:
     def __deepcopy__(self, memo: dict[int, Any]) -> InputGroup:
         memo[id(self)] = copied = InputGroup(len(self._layers))
         return copied
+
+    def join(self, layer: Joining, slot: int) -> None:
+        self._layers[slot] = weakref.ref(layer)
 
     def result(self, layer: Joining, slot: int, x: Tensor) -> Tensor | None:
         """The layer's output for x; None where it is to be computed by itself."""
@@ -85,10 +96,12 @@ class InputGroup:
         own = layer.member(x)
         if own is None:
             return None
+        self._settle()
         others = self._others(slot, x, own)
         if not others:
             return None
         results = adapter_group(x, [own, *others.values()])
+        self._wait_for(results)
         states = {other: _state(x, member) for other, member in others.items()}
         ready = dict(zip(others, results[1:], strict=True))
         self._pending = _Pending(x, slot, others, states, ready)
@@ -106,7 +119,7 @@ class InputGroup:
         found = {}
         for other, known in enumerate(self._layers):
             layer = None if known is None else known()
-            if other == slot or layer is None or self._misses.get((slot, other), 0) >= _MISSES:
+            if other == slot or layer is None or (slot, other) in self._left:
                 continue
             member = layer.member(x)
             if (
@@ -117,6 +130,19 @@ class InputGroup:
                 found[other] = member
         return found
 
+    def _settle(self) -> None:
+        """Leave out what has missed too often, unless a checkpoint may yet recompute it."""
+        self._waiting = [known for known in self._waiting if _waits(known())]
+        if self._misses and not self._waiting:
+            for pair, count in list(self._misses.items()):
+                if count >= _MISSES:
+                    self._left.add(pair)
+
+    def _wait_for(self, results: tuple[Tensor, ...]) -> None:
+        if _hooks_on_top is not None and _hooks_on_top(True) is not None:
+            nodes = (y.grad_fn for y in results)
+            self._waiting += [weakref.ref(node) for node in nodes if node is not None][:1]
+
     def _drop(self, pending: _Pending | None) -> None:
         if pending is None:
             return
@@ -124,6 +150,14 @@ class InputGroup:
             pair = pending.leader, slot
             self._misses[pair] = self._misses.get(pair, 0) + 1
         self._pending = None
+
+
+def _waits(node: Any) -> bool:
+    """Whether the graph of this node is there and has not been gone through backward."""
+    try:
+        return node is not None and node._raw_saved_tensors is not None
+    except RuntimeError:  # what it had saved is freed
+        return False
 
 
 def _state(x: Tensor, member: Member) -> Any:

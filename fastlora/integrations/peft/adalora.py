@@ -36,6 +36,7 @@ class FusedSVDLinear(PeftSVDLinear, FusedLinearKind):
 
     peft_class = PeftSVDLinear
     forward, _get_name = Fused.forward, Fused._get_name
+    __setstate__ = FusedLinearKind.__setstate__
     hidden = (7,)  # ranknum
 
     @staticmethod

@@ -21,6 +21,7 @@ class FusedLinear(PeftLinear, FusedLinearKind):
 
     peft_class = PeftLinear
     forward, _get_name = Fused.forward, Fused._get_name
+    __setstate__ = FusedLinearKind.__setstate__
     hidden = (6, 8)  # lora_bias, magnitude
 
     @staticmethod

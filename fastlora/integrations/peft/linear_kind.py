@@ -41,6 +41,12 @@ class FusedLinearKind(Fused):
                 return y
         return compute(x, self.operands(sources, x))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.peft_class.__setstate__(self, state)
+        memory = self._fastlora
+        if memory.group is not None:
+            memory.group.join(self, memory.slot)  # the copy of a group starts empty
+
     def member(self, x: Tensor) -> Member | None:
         """See ``nn.group.Joining``."""
         if added_behaviour(self):  # type: ignore[arg-type]

@@ -35,6 +35,7 @@ class FusedVeraLinear(PeftVeraLinear, FusedLinearKind):
 
     peft_class = PeftVeraLinear
     forward, _get_name = Fused.forward, Fused._get_name
+    __setstate__ = FusedLinearKind.__setstate__
     hidden = (4, 5)  # the projections
 
     @staticmethod
