@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from peft.tuners.adalora.layer import SVDLinear as PeftSVDLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -88,20 +89,22 @@ class FusedSVDLinear(PeftSVDLinear, FusedLinearKind):
         rank = sources.lora_A.shape[0]
         if rank == 0:
             return "AdaLoRA, r=0: the base alone, by peft's forward"
-        return f"AdaLoRA, r={rank}, scaling={sources.scaling / _rank(sources.ranknum):g}"
+        return f"AdaLoRA, r={rank}, scaling={sources.scaling / _rank(sources.ranknum.detach()):g}"
 
     def operands(self, sources: Sources, x: Tensor) -> Member:
         adapter, weight, transposed, bias, A, B, E, ranknum, scaling, p = sources
         if transposed:
             weight = weight.t()
-        if reasons.in_transform():  # neither may be read as a number here
-            d = E.view(-1) * (scaling / (ranknum + _RANK_GUARD))
+        # peft leaves ranknum trainable where it casts a layer's parts (over a base in bfloat16, say)
+        if ranknum.requires_grad or reasons.in_transform():
+            wide = torch.promote_types(ranknum.dtype, torch.float32)
+            d = E.view(-1) * (scaling / (ranknum + _RANK_GUARD).to(wide))
             return Member(weight, A, B, 1.0, bias, p, mid_scale=d)
         scaling = scaling / self._rank(adapter, ranknum)
         return Member(weight, A, B, scaling, bias, p, mid_scale=E.view(-1))
 
     def _rank(self, adapter: str, ranknum: Tensor) -> float:
-        """The number in ``ranknum``. A GPU is waited for only when it may have changed."""
+        """The number in ``ranknum``, guarded. A GPU is waited for only when it may have changed."""
         if ranknum.is_cpu:
             return _rank(ranknum)
         kept = self._fastlora.own
