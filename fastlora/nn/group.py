@@ -92,10 +92,10 @@ class InputGroup:
             if not pending.ready:
                 self._pending = None
             return y
-        self._drop(pending)
         own = layer.member(x)
-        if own is None:
+        if own is None:  # the others may still come for theirs
             return None
+        self._drop(pending)
         self._settle()
         others = self._others(slot, x, own)
         if not others:

@@ -69,7 +69,7 @@ def twins(which, method, tiny_llama, dtype=torch.float32, **more):
 
 
 def output(model, ids, **kwargs):
-    y = model(ids, **kwargs) if ids is SORTS_IDS else model(input_ids=ids, **kwargs)
+    y = model(input_ids=ids, **kwargs) if ids is IDS else model(ids, **kwargs)
     return getattr(y, "logits", y)
 
 
