@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.nn.adapted import AdaptedLayer, cannot_adapt, refuse
-from fastlora.nn.gated import without_keeping
 from fastlora.nn.group import InputGroup
 from fastlora.nn.plain import added_behaviour
+from fastlora.nn.recomputed import without_keeping
 from fastlora.ops.adapter_group import Member
 from fastlora.ops.adapter_linear import adapter_linear
 
@@ -96,10 +96,10 @@ def parameters_of(linear: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]
 
 
 def compute(x: Tensor, member: Member) -> Tensor:
-    """``adapter_linear`` of x [..., K] with these operands; a gated product x is not kept."""
+    """``adapter_linear`` of x [..., K] with these operands, x kept only if it must be."""
     weight, lora_A, lora_B, scaling, bias, dropout_p, g, d, b, drop_base = member
     # while compiling it has no grad_fn to look at
-    if torch.compiler.is_compiling() or x.grad_fn is None or _is_transformed():
+    if torch.compiler.is_compiling() or x.grad_fn is None:
         if g is None and d is None and b is None:
             return adapter_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
         return adapter_linear(
@@ -111,12 +111,3 @@ def compute(x: Tensor, member: Member) -> Tensor:
             x, weight, lora_A, lora_B, scaling, bias, dropout_p,
             out_scale=g, mid_scale=d, adapter_scale=b, drop_base=drop_base,
         )  # fmt: skip
-
-
-def _is_transformed() -> bool:
-    """Whether the call runs under something that cannot enter a custom autograd Function."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastlora.nn.recomputed import without_keeping
 from fastlora.ops.adapter_group import Member, adapter_group
 
 # A layer is no longer computed with another after so many inputs in a row that it then did not
@@ -100,7 +101,11 @@ class InputGroup:
         others = self._others(slot, x, own)
         if not others:
             return None
-        results = adapter_group(x, [own, *others.values()])
+        if x.grad_fn is None:
+            results = adapter_group(x, [own, *others.values()])
+        else:
+            with without_keeping(x) as same:
+                results = adapter_group(same, [own, *others.values()])
         self._wait_for(results)
         states = {other: _state(x, member) for other, member in others.items()}
         ready = dict(zip(others, results[1:], strict=True))

@@ -95,7 +95,7 @@ class FusedSVDLinear(PeftSVDLinear, FusedLinearKind):
         adapter, weight, transposed, bias, A, B, E, ranknum, scaling, p = sources
         if transposed:
             weight = weight.t()
-        # peft leaves ranknum trainable where it casts a layer's parts (over a base in bfloat16, say)
+        # peft makes ranknum trainable where it casts a layer's parts (over a base in bfloat16, say)
         if ranknum.requires_grad or reasons.in_transform():
             wide = torch.promote_types(ranknum.dtype, torch.float32)
             d = E.view(-1) * (scaling / (ranknum + _RANK_GUARD).to(wide))

@@ -1,0 +1,6 @@
+"""The methods: what a paper adds around the layers. One file a method."""
+
+from fastlora.methods.adalora import orthogonal_regulariser
+from fastlora.methods.lora_fa import LoRAFA
+
+__all__ = ["LoRAFA", "orthogonal_regulariser"]
