@@ -45,7 +45,11 @@ class _Pending(NamedTuple):
         """Whether a layer's result for x is there, and nothing it depends on has changed since."""
         if x is not self.x or slot not in self.ready:
             return False
-        return self.states[slot] == _state(x, self.members[slot])
+        if self.states[slot] != _state(x, self.members[slot]):
+            return False
+        # backward through one layer's result frees what the others' would read
+        node = self.ready[slot].grad_fn
+        return node is None or _waits(node)
 
 
 class InputGroup:
@@ -79,12 +83,21 @@ class InputGroup:
         memo[id(self)] = copied = InputGroup(len(self._layers))
         return copied
 
-    def join(self, layer: Joining, slot: int) -> None:
-        self._layers[slot] = weakref.ref(layer)
+    def join(self, layer: Joining, slot: int) -> bool:
+        """Whether the slot is this layer's; a free one it takes."""
+        known = self._layers[slot]
+        there = None if known is None else known()
+        if there is None:
+            self._layers[slot] = weakref.ref(layer)
+            return True
+        return there is layer  # DataParallel's replicas share the group of their original
+
+    def leave(self, slot: int) -> None:
+        self._layers[slot] = None
 
     def result(self, layer: Joining, slot: int, x: Tensor) -> Tensor | None:
         """The layer's output for x; None where it is to be computed by itself."""
-        if torch.compiler.is_compiling() or not self._has(layer, slot):
+        if torch.compiler.is_compiling() or not self.join(layer, slot):
             return None
         pending = self._pending
         if pending is not None and pending.holds(x, slot):
@@ -111,14 +124,6 @@ class InputGroup:
         ready = dict(zip(others, results[1:], strict=True))
         self._pending = _Pending(x, slot, others, states, ready)
         return results[0]
-
-    def _has(self, layer: Joining, slot: int) -> bool:
-        known = self._layers[slot]
-        there = None if known is None else known()
-        if there is None:
-            self._layers[slot] = weakref.ref(layer)
-            return True
-        return there is layer  # DataParallel's replicas share the group of their original
 
     def _others(self, slot: int, x: Tensor, own: Member) -> dict[int, Member]:
         found = {}
@@ -161,6 +166,8 @@ def _waits(node: Any) -> bool:
     """Whether the graph of this node is there and has not been gone through backward."""
     try:
         return node is not None and node._raw_saved_tensors is not None
+    except AttributeError:  # no Function's: it is there, and that is all there is to know
+        return True
     except RuntimeError:  # what it had saved is freed
         return False
 

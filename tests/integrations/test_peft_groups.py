@@ -321,6 +321,33 @@ def test_restore_takes_the_groups_away(together):
     assert together == [3]
 
 
+def test_one_layer_restored(together):
+    plain, fused = pair()
+    assert fastlora.restore(inner(fused).k_proj) == 1
+    x = inputs()
+    assert_same(step(fused, *x), step(plain, *x))
+    assert together == [2]
+
+
+def test_backward_through_one_layer_before_the_next_is_called():
+    plain, fused = pair()
+    (x,) = inputs()
+    for model in (plain, fused):
+        leaf = x.clone().requires_grad_()
+        for name in PROJECTIONS:
+            getattr(inner(model), name)(leaf).square().sum().backward()
+    assert_gradients(gradients(fused), gradients(plain), 1e-8)
+
+
+def test_a_shallow_copy_does_not_take_the_originals_place(together):
+    plain, fused = pair()
+    shallow = copy.copy(inner(fused).q_proj)
+    x = inputs()
+    assert_same(step(fused, *x), step(plain, *x))
+    assert together == [3]
+    assert_close(values(shallow, *x), values(inner(plain).q_proj, *x), 1e-9)
+
+
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_groups_its_own_layers(together, twin):
     plain, fused = pair()

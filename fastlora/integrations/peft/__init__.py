@@ -61,11 +61,8 @@ def accelerate(peft_model: nn.Module, strict: bool = False) -> Report:
 
     Everything peft does with the model keeps working: it remains a peft model with the same
     parameters, keys and methods; only a second derivative through the layers is not available, and
-    layers computed together are one step for autograd: backward through one of them, before
-    another has been called with the same input, takes retain_graph. Where a row of DoRA's
-    W + s·BA is zero, peft's output is NaN (0/0), and the fused layer's is finite.
-    ``restore`` undoes it. Calling it again covers layers that were
-    added in the meantime.
+    where a row of DoRA's W + s·BA is zero, the output is finite and not peft's NaN (0/0).
+    ``restore`` undoes it. Calling it again covers layers that were added in the meantime.
 
     Args:
         peft_model: a model with peft layers (a ``PeftModel`` or a model they were put into).
@@ -121,6 +118,9 @@ def restore(peft_model: nn.Module) -> int:
     for module in peft_model.modules():
         if type(module) in _FUSED:
             fused: Any = module
+            memory: Memory = fused._fastlora
+            if memory.group is not None:
+                memory.group.leave(memory.slot)  # its partners may stay as they are
             fused.__class__ = fused.peft_class
             del fused._fastlora
             count += 1
