@@ -110,6 +110,7 @@ class InputGroup:
         if own is None:  # the others may still come for theirs
             return None
         self._drop(pending)
+        del pending  # its graph goes with it, or that would be waited for
         self._settle()
         others = self._others(slot, x, own)
         if not others:
