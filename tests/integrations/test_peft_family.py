@@ -493,6 +493,34 @@ def test_adalora_trains_its_ranknum_where_peft_does(tiny_llama):
     torch.testing.assert_close(mine, theirs, rtol=0.1, atol=1e-6)
 
 
+def test_ranknum_is_read_from_a_gpu_only_when_it_may_have_changed():
+    """By a stand-in, as there may be no GPU: reading it waits for the device."""
+
+    class Number:
+        is_cpu, _version, reads = False, 0, 0
+
+        def is_inference(self):
+            return False
+
+        def data_ptr(self):
+            return 7
+
+        def item(self):
+            self.reads += 1
+            return 4.0
+
+    model = peft.inject_adapter_in_model(config_of("", "adalora", ["q_proj"]), Attention())
+    fastlora.accelerate(model)
+    layer, number = model.q_proj, Number()
+    for _ in range(3):
+        assert layer._rank("default", number) == pytest.approx(4.00001)
+    assert number.reads == 1
+    number._version = 1
+    layer._rank("default", number)
+    layer._rank("other", number)
+    assert number.reads == 3
+
+
 def test_fan_in_fan_out_of_every_linear(calls):
     transformers = pytest.importorskip("transformers")
     for method in ("lora", "dora", "lora_bias", "vera", "adalora"):
