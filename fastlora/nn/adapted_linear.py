@@ -31,6 +31,11 @@ class AdaptedLinear(AdaptedLayer):
         super().__init__(weight, bias)
         self.out_features, self.in_features = weight.shape
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.group is not None:
+            self.group.join(self, self.slot)
+
     def operands(self, dropout: bool) -> Member | None:
         """What the layer computes with now, dropout left out if not asked for; None for a layer
         without ranks, which computes its base."""
@@ -57,11 +62,6 @@ class AdaptedLinear(AdaptedLayer):
         ):
             return None
         return self.operands(self.training)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if self.group is not None:
-            self.group.join(self, self.slot)  # the copy of a group starts empty
 
     def plain(self) -> nn.Linear:
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")

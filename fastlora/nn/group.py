@@ -55,8 +55,8 @@ class _Pending(NamedTuple):
 class InputGroup:
     """The group of some layers, each with a slot of its own.
 
-    A copied or unpickled group is empty; a layer joins when it is itself copied, or first called.
-    The group keeps no layer alive. Layers may be shared by threads.
+    A copied or unpickled group is empty: the layers that are copied with it ``join`` it, at the
+    latest when they are first called. The group keeps no layer alive. Threads may share layers.
 
     A checkpoint (``use_reentrant=False``) that recomputes a call must find the same layers computed
     together as the first time. So while graphs that it may have to recompute wait for their
@@ -84,7 +84,7 @@ class InputGroup:
         return copied
 
     def join(self, layer: Joining, slot: int) -> bool:
-        """Whether the slot is this layer's; a free one it takes."""
+        """Take a slot that is free; whether it is this layer's then."""
         known = self._layers[slot]
         there = None if known is None else known()
         if there is None:

@@ -47,17 +47,21 @@ class VeRAProjection(nn.Module):
     def sliced(
         self, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """(A [r, in_features], B [out_features, r]) as views; in another dtype or on another device
-        they are views of one copy, which all layers share."""
+        """(A [r, in_features], B [out_features, r]) for a layer.
+
+        Layers of one width, dtype and device get the very same A, contiguous, as products take a
+        narrow slice of wide rows badly: a copy of it where it must be.
+        """
         A, B = self.vera_A, self.vera_B
-        if A.dtype != dtype or A.device != device:
-            made = A.data_ptr(), B.data_ptr(), A._version, B._version
-            copy = self._copies.get((dtype, device))
-            if copy is None or copy[0] != made:
-                copy = made, A.to(device, dtype), B.to(device, dtype)
-                self._copies[dtype, device] = copy
-            _, A, B = copy
-        return A[:, :in_features], B[:out_features]
+        if A.shape[1] == in_features and A.dtype == dtype and A.device == device:
+            return A, B[:out_features]
+        made = A.data_ptr(), B.data_ptr(), A._version, B._version
+        copy = self._copies.get((in_features, dtype, device))
+        if copy is None or copy[0] != made:
+            own_A = A[:, :in_features].to(device, dtype).contiguous()
+            copy = made, own_A, B.to(device, dtype)
+            self._copies[in_features, dtype, device] = copy
+        return copy[1], copy[2][:out_features]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_copies": {}}

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fastlora.cli import main
-from fastlora.cli.demo import contest, data, memory, model, report
+from fastlora.cli.demo import NAMES, contest, data, memory, model, report
+from fastlora.cli.demo.methods import METHODS
 from fastlora.cli.errors import UserError
 
 
@@ -39,8 +40,8 @@ def test_the_whole_path(via, tiny_model, text_file, tmp_path, capsys):
     assert result["steps"] == 3 and result["tokens_per_step"] == 32 and result["dtype"] == "float32"
     for name in ("peft", "fastlora"):
         assert len(result[name]["loss"]) == len(result[name]["step_seconds"]) == 3
-        assert result[name]["saved_bytes"] > result["frozen"]["saved_bytes"] > 0
-        assert result[name]["peak_bytes"] > result[name]["saved_bytes"]
+        assert result[name]["peak_bytes"] > result[name]["saved_bytes"] > 0
+    assert result["fastlora"]["saved_bytes"] < result["peft"]["saved_bytes"]
     assert result["fastlora"]["loss"] == pytest.approx(result["peft"]["loss"], rel=1e-4)
     assert len(set(result["fastlora"]["loss"])) == 3
     assert result["eval_loss_after"] < result["eval_loss_before"]
@@ -60,6 +61,23 @@ def test_the_whole_path(via, tiny_model, text_file, tmp_path, capsys):
     rows = [line.split()[0] for line in printed.splitlines() if line.strip()]
     assert {"frozen", "peft", "fastlora"} <= set(rows)
     assert "Losses agree with peft's" in printed
+
+
+@pytest.mark.parametrize("via", ["inject", "accelerate"])
+@pytest.mark.parametrize("method", [name for name in NAMES if name != "lora"])
+def test_every_method_beside_pefts(method, via, tiny_model, text_file, tmp_path, capsys):
+    words = ["--method", method, "--via", via, "--lr", "1e-2"]
+    assert run(tiny_model, text_file, tmp_path, *words) == 0
+    result, printed = read(tmp_path), capsys.readouterr().out
+    assert result["failures"] == [] and result["adapter_on_disk_is_equal"]
+    assert result["fastlora"]["loss"] == pytest.approx(result["peft"]["loss"], rel=1e-4)
+    assert len(set(result["fastlora"]["loss"])) == 3
+    assert f"{METHODS[method].title} r 4" in printed
+    assert (result["alpha"] is None) == (method == "vera")
+
+
+def test_the_names_are_those_of_the_methods():
+    assert tuple(METHODS) == NAMES
 
 
 def test_dropout_differs_from_peft_and_says_so(tiny_model, text_file, tmp_path, capsys):
@@ -105,8 +123,8 @@ def test_a_divergence_is_named_and_nothing_written(steps, tiny_model, text_file,
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--method", "lroa"], "did you mean lora?"),
-        (["--method", "quantum"], "there is only lora"),
+        (["--method", "lroa"], "did you mean lora or"),
+        (["--method", "quantum"], "there is lora and rslora and dora"),
         (["--steps", "0"], "--steps: it must be at least 1"),
         (["--steps", "many"], "'many' is not a whole number"),
         (["--rank", "0"], "--rank: it must be at least 1"),
@@ -256,15 +274,17 @@ def test_shared_models_hold_one_set_of_weights(tiny_model):
     assert model.fingerprint(base) != before
 
 
-def test_saved_bytes_count_each_storage_once_and_no_weight():
+def test_saved_bytes_are_what_lives_between_forward_and_backward():
     linear = torch.nn.Linear(8, 8, bias=False).requires_grad_(False)
     x = torch.ones(4, 8, requires_grad=True)
 
     def forward():
         y = linear(x)  # saves the weight only
+        (y.sin() * 2).sum()  # a graph of its own, which is gone again
         return (y * y).sum() + y.exp().sum()  # saves y twice, and the exponential
 
-    assert memory.saved_bytes(linear, forward) == 2 * 4 * 8 * 4
+    scalars = 4  # the loss
+    assert memory.saved_bytes(forward, torch.device("cpu")) == 2 * 4 * 8 * 4 + scalars
 
 
 def test_peak_bytes_sees_what_lives_at_once():

@@ -228,13 +228,29 @@ def test_a_copy_groups_its_own_layers(twin, calls):
     other = twin(model)
     assert other.q_proj.group is other.k_proj.group is not model.q_proj.group
     x = torch.randn(3, 12)
+    assert torch.equal(other(x), model(x)) and calls == [3, 3]
     with torch.no_grad():
-        torch.testing.assert_close(other(x), model(x))
         other.k_proj.lora_B.weight.add_(1.0)
-        y = other(x)
-    assert calls[0] == 3
     assert_same(run(other, x), run(ungrouped(other), x))
-    assert not torch.equal(y, model(x))
+    assert not torch.equal(other(x), model(x))
+
+
+def test_a_shallow_copy_takes_nobodys_place(calls):
+    model = make()
+    alone = copy.copy(model.q_proj)
+    x = torch.randn(3, 12)
+    torch.testing.assert_close(alone(x), model.q_proj(x))
+    model(x)
+    assert calls == [3, 3]
+
+
+def test_a_result_does_not_outlive_a_change_of_its_weights(calls):
+    model = make()
+    x = torch.randn(3, 12)
+    model.q_proj(x)  # computes k and v besides
+    with torch.no_grad():
+        model.k_proj.lora_B.weight.add_(1.0)
+    torch.testing.assert_close(model.k_proj(x), ungrouped(model).k_proj(x))
 
 
 def test_a_copy_of_one_layer_stands_alone():

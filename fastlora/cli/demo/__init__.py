@@ -15,7 +15,9 @@ from typing import Any
 from fastlora.cli.errors import UserError, near
 from fastlora.ops.backend import NAMES as BACKEND_NAMES
 
-METHODS = ("lora",)
+# those of methods.METHODS, which needs torch to be imported
+NAMES = ("lora", "rslora", "dora", "vera", "adalora", "lora_fa")
+
 DTYPES = ("float32", "bfloat16", "float16")
 SAMPLE_TOKENS = 40
 _PACKAGES = ("transformers", "peft", "matplotlib", "tqdm")
@@ -28,7 +30,7 @@ def add_parser(commands: Any, name: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
         help="fine-tune a real language model with peft and with fastlora, side by side",
-        description="Train peft's LoRA and fastlora's from the same start on the same batches, "
+        description="Train peft's adapter and fastlora's from the same start on the same batches, "
         "steps interleaved with the frozen model's, and write a table, result.json, result.png "
         "and the adapter.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -37,11 +39,22 @@ def add_parser(commands: Any, name: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="folder for the results")
     add("--steps", type=_whole(1), default=20, metavar="N", help="training steps")
-    add("--method", type=_one_of("method", METHODS), default="lora", help=", ".join(METHODS))
-    add("--rank", type=_whole(1), default=16, metavar="R", help="rank of the adapters")
-    add("--alpha", type=_number(), default=32.0, metavar="A", help="the scaling is alpha / rank")
+    add("--method", type=_one_of("method", NAMES), default="lora", help=", ".join(NAMES))
+    add("--rank", type=_whole(1), metavar="R", help="rank of the adapters (default: 16; VeRA 256)")
+    add(
+        "--alpha",
+        type=_number(),
+        default=32.0,
+        metavar="A",
+        help="the scaling is alpha / rank, alpha / sqrt(rank) for rslora; vera has none",
+    )
     add("--dropout", type=_number(0, 1), default=0.0, metavar="P", help="on the adapters' input")
-    add("--lr", type=_number(0), default=5e-4, metavar="LR", help="learning rate of AdamW")
+    add(
+        "--lr",
+        type=_number(0),
+        metavar="LR",
+        help="learning rate of AdamW (default: 5e-4; VeRA 5e-3)",
+    )
     add("--batch", type=_whole(1), default=2, metavar="B", help="sequences a step")
     add("--seq-len", type=_whole(2), default=128, metavar="T", help="tokens a sequence")
     add(
@@ -126,8 +139,11 @@ def run(arguments: argparse.Namespace) -> int:
     began = time.perf_counter()
     _require_packages()
 
-    from fastlora.cli.demo import contest, data, model, report
+    from fastlora.cli.demo import contest, data, methods, model, report
 
+    method = methods.METHODS[arguments.method]
+    arguments.rank = arguments.rank or method.rank
+    arguments.lr = arguments.lr or method.lr
     device = _device(arguments.device)
     dtype = _dtype(arguments.dtype, device)
     backend = _backend(arguments.backend, device, dtype)
@@ -136,11 +152,13 @@ def run(arguments: argparse.Namespace) -> int:
     folder = _folder(arguments.out)
 
     tokenizer, base, batches = _load(arguments, source, corpus, device, dtype)
-    recipe = contest.Recipe(
+    recipe = methods.Recipe(
+        arguments.method,
         arguments.rank,
         arguments.alpha,
         arguments.dropout,
         arguments.lr,
+        arguments.steps,
         arguments.via,
         arguments.backend,
     )
@@ -171,7 +189,7 @@ def run(arguments: argparse.Namespace) -> int:
     trip = _round_trip(base, ours, folder / "adapter", held_out[0])
 
     result: dict[str, Any] = {
-        **_conditions(arguments, source.title, corpus.title, device, dtype, backend),
+        **_conditions(arguments, method, source.title, corpus.title, device, dtype, backend),
         "tokens_per_step": arguments.batch * arguments.seq_len,
         "training_tokens": batches.training_tokens,
         "held_out_tokens": sum(batch.numel() for batch in held_out),
@@ -238,7 +256,13 @@ def _round_trip(base: Any, ours: Any, folder: Path, batch: Any) -> dict[str, Any
 
 
 def _conditions(
-    arguments: argparse.Namespace, model: str, data: str, device: Any, dtype: Any, backend: str
+    arguments: argparse.Namespace,
+    method: Any,
+    model: str,
+    data: str,
+    device: Any,
+    dtype: Any,
+    backend: str,
 ) -> dict[str, Any]:
     import torch
 
@@ -255,11 +279,11 @@ def _conditions(
         "versions": versions(),
         "model": model,
         "data": data,
-        "method": "LoRA",
+        "method": method.title,
         "via": arguments.via,
         "backend": backend,
         "rank": arguments.rank,
-        "alpha": arguments.alpha,
+        "alpha": arguments.alpha if method.has_alpha else None,
         "dropout": arguments.dropout,
         "lr": arguments.lr,
         "batch": arguments.batch,

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 import fastlora
-from fastlora.adapters import LoRAConfig, Report, inject, layers, save_adapter
+from fastlora.adapters import Report, inject, layers, save_adapter
 from fastlora.cli.demo import memory
+from fastlora.cli.demo.methods import METHODS, Recipe
 from fastlora.cli.demo.model import share
 from fastlora.cli.errors import UserError
 
@@ -29,32 +30,21 @@ FROZEN, PEFT, FASTLORA = "frozen", "peft", "fastlora"
 class Contestant:
     """A model in training and what was measured on it.
 
-    ``around`` makes the context its steps run in. ``seconds`` are forward + backward of each step,
-    the optimizer's part left out.
+    ``around`` makes the context its steps run in. ``beside`` is what its loss has beside the
+    model's own. ``seconds`` are forward + backward of each step, the optimizer's part left out.
     """
 
     name: str
     model: Any
     around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     optimizer: torch.optim.Optimizer | None = None
+    beside: Callable[[Any], Tensor] | None = None
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     saved_bytes: int = 0
     peak_bytes: int = 0
     eval_loss_before: float | None = None
     eval_loss_after: float | None = None
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How the adapter is made and trained."""
-
-    r: int
-    alpha: float
-    dropout: float
-    lr: float
-    via: str
-    backend: str | None
 
 
 def enter(base: Any, recipe: Recipe, seed: int) -> tuple[dict[str, Contestant], Report]:
@@ -74,18 +64,21 @@ def enter(base: Any, recipe: Recipe, seed: int) -> tuple[dict[str, Contestant], 
         )
     with torch.no_grad():
         for name, layer in ours_by_name.items():
-            layer.lora_A.copy_(theirs_by_name[name].lora_A)
-            layer.lora_B.copy_(theirs_by_name[name].lora_B)
+            for part, tensor in layer.tensors.items():
+                tensor.copy_(theirs_by_name[name].tensors[part])
 
     def chosen() -> contextlib.AbstractContextManager[None]:
         if recipe.backend is None:
             return contextlib.nullcontext()
         return fastlora.use_backend(recipe.backend)
 
+    method = METHODS[recipe.method]
+    # a peft model adds what the method has beside the layers itself
+    beside = method.beside if recipe.via == "inject" else None
     contestants = [
         Contestant(FROZEN, share(base)),
         Contestant(PEFT, rival, optimizer=_optimizer(rival, recipe)),
-        Contestant(FASTLORA, ours, chosen, _optimizer(ours, recipe)),
+        Contestant(FASTLORA, ours, chosen, _optimizer(ours, recipe), beside),
     ]
     for contestant in contestants:
         # the gradient of every layer's input is computed by all three, so the frozen model's step
@@ -108,9 +101,9 @@ def same_adapter(one: Contestant, other: Contestant) -> bool:
     """Whether two models carry bit-equal adapters on the same layers."""
     first, second = ({layer.name: layer for layer in layers(c.model)} for c in (one, other))
     return first.keys() == second.keys() and all(
-        torch.equal(layer.lora_A, second[name].lora_A)
-        and torch.equal(layer.lora_B, second[name].lora_B)
-        and layer.scaling == second[name].scaling
+        layer.tensors.keys() == second[name].tensors.keys()
+        and all(torch.equal(t, second[name].tensors[part]) for part, t in layer.tensors.items())
+        and math.isclose(layer.scaling, second[name].scaling, rel_tol=1e-6)
         for name, layer in first.items()
     )
 
@@ -126,13 +119,7 @@ def save(contestant: Contestant, recipe: Recipe, folder: Path) -> None:
 def _with_peft(base: Any, recipe: Recipe) -> Any:
     import peft
 
-    config = peft.LoraConfig(
-        r=recipe.r,
-        lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # peft computes with it as a float
-        lora_dropout=recipe.dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
+    config = METHODS[recipe.method].theirs(recipe)
     with warnings.catch_warnings():
         # peft asks transformers a question under its old name
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
@@ -148,13 +135,15 @@ def _with_fastlora(base: Any, recipe: Recipe) -> tuple[Any, Report]:
             raise UserError(f"no layer of the peft model can be accelerated: {reason}")
         return model, report
     model = share(base)
-    config = LoRAConfig(r=recipe.r, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout)
-    return model, inject(model, config)
+    return model, inject(model, METHODS[recipe.method].ours(recipe))
 
 
 def _optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=0.0)
+    if attach := METHODS[recipe.method].around_steps:
+        attach(model, optimizer)
+    return optimizer
 
 
 # --- running -----------------------------------------------------------------------------------
@@ -193,9 +182,12 @@ def measure_memory(contestants: list[Contestant], batch: Tensor, device: torch.d
 
 @torch.no_grad()
 def evaluate(contestant: Contestant, batches: list[Tensor]) -> float:
-    """The mean loss a token over ``batches``."""
-    with _evaluating(contestant):
-        losses = [float(_loss(contestant.model, batch)) for batch in batches]
+    """The mean loss a token over ``batches``, without what a method adds to it."""
+    losses = []
+    for batch in batches:
+        predicted = logits(contestant, batch)[:, :-1]
+        loss = torch.nn.functional.cross_entropy(predicted.flatten(0, 1), batch[:, 1:].flatten())
+        losses.append(float(loss))
     return sum(losses) / len(losses)
 
 
@@ -225,7 +217,7 @@ def sample(contestant: Contestant, tokenizer: Any, prompt: str, tokens: int) -> 
 
 def _measure_memory(contestant: Contestant, batch: Tensor, device: torch.device) -> None:
     def forward() -> Tensor:
-        return _loss(contestant.model, batch)
+        return _loss(contestant, batch)
 
     gc.collect()
     with contestant.around():
@@ -239,7 +231,7 @@ def _step(contestant: Contestant, batch: Tensor, device: torch.device) -> None:
     with contestant.around():
         _wait(device)
         started = time.perf_counter()
-        loss = _loss(contestant.model, batch)
+        loss = _loss(contestant, batch)
         loss.backward()
         _wait(device)
         contestant.seconds.append(time.perf_counter() - started)
@@ -248,8 +240,9 @@ def _step(contestant: Contestant, batch: Tensor, device: torch.device) -> None:
         contestant.optimizer.step()
 
 
-def _loss(model: Any, batch: Tensor) -> Tensor:
-    return model(input_ids=batch, labels=batch, use_cache=False).loss
+def _loss(contestant: Contestant, batch: Tensor) -> Tensor:
+    loss = contestant.model(input_ids=batch, labels=batch, use_cache=False).loss
+    return loss if contestant.beside is None else loss + contestant.beside(contestant.model)
 
 
 def _wait(device: torch.device) -> None:

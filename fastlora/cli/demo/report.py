@@ -112,8 +112,9 @@ def table(result: dict[str, Any], folder: Path) -> str:
 
 
 def title(result: dict[str, Any]) -> str:
+    alpha = "" if result["alpha"] is None else f"α {result['alpha']:g}, "
     return (
-        f"{result['model']}: {result['method']} r {result['rank']}, α {result['alpha']:g}, dropout "
+        f"{result['model']}: {result['method']} r {result['rank']}, {alpha}dropout "
         f"{result['dropout']:g} on {len(result['report']['fused'])} linear layers"
     )
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastlora.cli.errors import first_line
 from fastlora.cli.facts import situations
+from fastlora.ops.adapter_group import Member, adapter_group
+from fastlora.ops.adapter_group.reference import adapter_group_reference
 from fastlora.ops.adapter_linear import adapter_linear
 from fastlora.ops.adapter_linear.reference import adapter_linear_reference
 from fastlora.ops.backend import Situation
@@ -96,6 +98,43 @@ def _adapter_linear(at: Situation, backend: str) -> Errors:
     return {name: _relative(got[name], exact[name]) for name in exact}
 
 
+def _adapter_group(at: Situation, backend: str) -> Errors:
+    k, scaling = 176, 1.5
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+        return values.to(at.dtype).to(at.device)
+
+    x = draw(2, 48, k)
+    members = [
+        Member(draw(n, k, scale=1 / 13), draw(r, k, scale=1 / 13), draw(n, r), scaling, bias)
+        for n, r, bias in ((160, 12, draw(160)), (128, 8, None))
+    ]
+    dys = [draw(2, 48, member.weight.shape[0]) for member in members]
+    names = ["x", *(f"{name}[{i}]" for i in range(2) for name in ("lora_A", "lora_B"))]
+
+    def step(function: Callable[..., tuple[Tensor, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
+        def own(tensor: Tensor | None) -> Any:
+            return None if tensor is None else tensor.detach().to(dtype)
+
+        group = [
+            Member(own(m.weight), own(m.lora_A), own(m.lora_B), m.scaling, own(m.bias))
+            for m in members
+        ]
+        leaves = [own(x), *(t for m in group for t in (m.lora_A, m.lora_B))]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        ys = function(leaves[0], group)
+        gradients = torch.autograd.grad(ys, leaves, [dy.to(dtype) for dy in dys])
+        values = {f"y[{i}]": y.detach() for i, y in enumerate(ys)}
+        return values | {f"d{name}": g for name, g in zip(names, gradients, strict=True)}
+
+    got = step(lambda x, group: adapter_group(x, group, backend=backend), at.dtype)
+    exact = step(adapter_group_reference, torch.float64)
+    return {name: _relative(got[name], exact[name]) for name in exact}
+
+
 def _weight_norm(at: Situation, backend: str) -> Errors:
     k, n, r, scaling = 176, 160, 12, 1.5
     generator = torch.Generator().manual_seed(0)
@@ -137,5 +176,6 @@ def _relative(got: Tensor, exact: Tensor) -> float:
 
 STEPS: dict[str, Callable[[Situation, str], Errors]] = {
     "adapter_linear": _adapter_linear,
+    "adapter_group": _adapter_group,
     "weight_norm": _weight_norm,
 }

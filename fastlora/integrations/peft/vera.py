@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -107,21 +108,18 @@ class FusedVeraLinear(PeftVeraLinear, FusedLinearKind):
         A, B = sources.vera_A, sources.vera_B
         if reasons.in_transform():
             return A[:, :k].to(device, dtype), B[:n].to(device, dtype)
-        memory = self._fastlora
-        copies: Copies = memory.shared
-        A = copies.of((sources.adapter, "A"), A, dtype, device)
-        B = copies.of((sources.adapter, "B"), B, dtype, device)
-        key = A.data_ptr(), B.data_ptr()
-        kept = memory.own
-        if kept is None or kept[0] is not A or kept[1] is not B or kept[2] != key:
-            with torch.inference_mode(False):
-                kept = memory.own = A, B, key, A[:, :k], B[:n]
-        return kept[3], kept[4]
+        copies: Copies = self._fastlora.shared
+        name = sources.adapter
+        return copies.columns(name, A, k, dtype, device), copies.rows(name, B, n, dtype, device)
 
 
 class Copies:
-    """The model's projections in other dtypes or on other devices, each copied once for all layers
-    and anew when it has changed. Itself copied, it is empty."""
+    """The first columns of A and rows of B of the model's projections, made once for all layers.
+
+    Layers of one width get the very same A, contiguous, as products take a narrow slice of wide
+    rows badly; B's are views of one matrix. What has changed is made anew. Itself copied, it is
+    empty.
+    """
 
     def __init__(self) -> None:
         self._made: dict[Any, tuple[Any, Any, Tensor]] = {}
@@ -129,14 +127,32 @@ class Copies:
     def __reduce__(self) -> tuple[Any, ...]:
         return Copies, ()
 
-    def of(self, name: Any, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-        if tensor.dtype == dtype and tensor.device == device:
-            return tensor
-        version = None if tensor.is_inference() else tensor._version
-        state = tensor.data_ptr(), version
-        made = self._made.get((name, dtype, device))
-        if made is None or made[0]() is not tensor or made[1] != state:
+    def columns(
+        self, adapter: str, A: Tensor, k: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        if A.shape[1] == k and A.dtype == dtype and A.device == device:
+            return A
+        return self._of(
+            ("A", adapter, k, dtype, device),
+            A,
+            lambda A: A[:, :k].to(device, dtype).contiguous(),
+        )
+
+    def rows(
+        self, adapter: str, B: Tensor, n: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        if B.dtype != dtype or B.device != device:
+            B = self._of(("B", adapter, dtype, device), B, lambda B: B.to(device, dtype))
+        if B.shape[0] == n:
+            return B
+        return self._of(("B", adapter, n, dtype, device), B, lambda B: B[:n])
+
+    def _of(self, key: Any, source: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+        state = source.data_ptr(), None if source.is_inference() else source._version
+        made = self._made.get(key)
+        if made is None or made[0]() is not source or made[1] != state:
+            # they serve a later call that trains, so no inference tensors are made
             with torch.inference_mode(False), torch.no_grad():
-                made = weakref.ref(tensor), state, tensor.detach().to(device, dtype)
-            self._made[name, dtype, device] = made
+                made = weakref.ref(source), state, make(source.detach())
+            self._made[key] = made
         return made[2]

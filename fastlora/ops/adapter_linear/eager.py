@@ -120,10 +120,10 @@ def backward(
             noise = stream_noise((dy.shape[0], wide.shape[1]), seed, dy.device)
     if needs.lora_B:
         assert t is not None
-        dB = _reduce(linear, t, dy).t()
+        dB = reduce(linear, t, dy).t()
     if needs.lora_A:
         assert x is not None and h is not None
-        dA = _reduce(linear, h, x if noise is None else drop(x, noise, dropout_p))
+        dA = reduce(linear, h, x if noise is None else drop(x, noise, dropout_p))
     if needs.x:
         assert weight is not None and lora_A is not None and h is not None
         dx = linear(dy, weight.t(), None)
@@ -225,17 +225,35 @@ def scaled_backward(
     if needs.bias:
         dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
     if read is not None:
-        dg, mean_square = _column_dots(dy, read, None if drop_base else bias)
-        if not drop_base:
-            dg.div_(out_scale)
-            unread = doubtful(out_scale, bias, mean_square, dy.dtype)
-            if unread.any():
-                assert x is not None and weight is not None and lora_B is not None and t is not None
-                columns = unread.nonzero().squeeze(1)
-                z = linear(x, weight[columns], None)
-                z.t().addmm_(lora_B[columns], t.t())
-                dg[columns], _ = _column_dots(dy[:, columns], z)
+        if drop_base:
+            dg, _ = _column_dots(dy, read)
+        else:
+            assert x is not None and weight is not None and lora_B is not None and t is not None
+            dg = out_scale_gradient(dy, read, out_scale, bias, x, weight, lora_B, t, linear)
     return dx, dweight, dA, dB, dbias, dg
+
+
+def out_scale_gradient(
+    dy: Tensor,
+    y: Tensor,
+    out_scale: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    lora_B: Tensor,
+    t: Tensor,
+    linear: Linear,
+) -> Tensor:
+    """dg [N] of y = g ∘ (x Wᵀ + t Bᵀ) + bias, read off y except where it does not show it."""
+    dg, mean_square = _column_dots(dy, y, bias)
+    dg.div_(out_scale)
+    unread = doubtful(out_scale, bias, mean_square, dy.dtype)
+    if unread.any():
+        columns = unread.nonzero().squeeze(1)
+        z = linear(x, weight[columns], None)
+        z.t().addmm_(lora_B[columns], t.t())
+        dg[columns], _ = _column_dots(dy[:, columns], z)
+    return dg
 
 
 def _drop_base_backward(
@@ -258,7 +276,7 @@ def _drop_base_backward(
     extra = less_one(out_scale, dy.dtype)  # g − 1
     if needs.lora_B:
         assert t is not None
-        dB = _reduce(linear, t, dy).t() * out_scale[:, None]
+        dB = reduce(linear, t, dy).t() * out_scale[:, None]
     if needs.x or needs.lora_A:
         assert lora_B is not None
         h = linear(dy, times(lora_B, out_scale[:, None]).t(), None).mul_(scaling * scale)
@@ -272,7 +290,7 @@ def _drop_base_backward(
         dropped = drop(x, noise, dropout_p)
     if needs.lora_A:
         assert h is not None and dropped is not None
-        dA = _reduce(linear, h, dropped)
+        dA = reduce(linear, h, dropped)
     if needs.weight:
         assert x is not None and dropped is not None
         dweight = linear(dy.t(), x.t(), None)
@@ -320,7 +338,7 @@ def _column_dots(dy: Tensor, y: Tensor, bias: Tensor | None = None) -> tuple[Ten
     return dots, None if squares is None else squares.div_(max(1, dy.shape[0]))
 
 
-def _reduce(linear: Linear, small: Tensor, wide: Tensor) -> Tensor:
+def reduce(linear: Linear, small: Tensor, wide: Tensor) -> Tensor:
     """smallᵀ wide: [M, r], [M, K] → [r, K], summed over tokens; float32 where that is free."""
     if wide.is_cuda and wide.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(small.t(), wide, out_dtype=torch.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
@@ -14,10 +13,15 @@ from torch.autograd.function import once_differentiable
 from fastlora.ops import backend as _backend
 from fastlora.ops.adapter_linear.contract import BACKENDS, Needs, Scales, check_mask, rows
 from fastlora.ops.adapter_linear.eager import composite
+from fastlora.ops.adapter_linear.entry import (
+    AUTOCAST,
+    autocasts,
+    cast,
+    check,
+    check_vectors,
+    is_transformed,
+)
 from fastlora.ops.adapter_linear.scaled import ScaledAdapterLinear
-from fastlora.ops.dropout import threshold
-
-_AUTOCAST = (torch.float32, *_backend.HALF)
 
 
 def adapter_linear(
@@ -78,26 +82,24 @@ def adapter_linear(
         BackendError: the backend asked for cannot run this call.
     """
     device = x.device
-    autocast = not x.is_meta and torch.is_autocast_enabled(device.type)
-    if autocast and x.dtype in _AUTOCAST:
+    autocast = autocasts(x)
+    if autocast and x.dtype in AUTOCAST:
         dtype = torch.get_autocast_dtype(device.type)
-        x, weight = x.to(dtype), _cast(weight, dtype)
-        bias = None if bias is None else _cast(bias, dtype)
-    _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+        x, weight = x.to(dtype), cast(weight, dtype)
+        bias = None if bias is None else cast(bias, dtype)
+    check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
     scales = None
-    if out_scale is not None or mid_scale is not None or adapter_scale is not None:
+    vectors = out_scale is not None or mid_scale is not None or adapter_scale is not None
+    if vectors or drop_base:
         scales = Scales(out_scale, mid_scale, adapter_scale)
-        _check_scales(scales, x, lora_B)
-        drop_base = drop_base and threshold(dropout_p) > 0
-    if drop_base and out_scale is None:
-        raise ValueError("drop_base=True needs an out_scale: without one the base is not scaled")
+        scales, drop_base = check_vectors(scales, x, lora_B, dropout_p, drop_base)
     arguments = (x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     if torch.compiler.is_compiling():
         # registering operators imports dynamo and triton, so it waits until somebody compiles
         from fastlora.ops.adapter_linear.registered import compiled
 
         return compiled(*arguments, scales, drop_base, backend)
-    if _is_transformed(x):
+    if is_transformed(x):
         return composite(*arguments, scales, drop_base)
     module = _backend.select("adapter_linear", BACKENDS, device, x.dtype, backend)
     if scales is not None:
@@ -109,22 +111,6 @@ def adapter_linear(
         with torch.autocast(device.type, enabled=False):
             return _AdapterLinear.apply(*arguments, module)
     return _AdapterLinear.apply(*arguments, module)
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As autocast casts: what is no ordinary float stays, and is refused by the checks."""
-    return tensor.to(dtype) if tensor.dtype in _AUTOCAST else tensor
-
-
-def _is_transformed(x: Tensor) -> bool:
-    """Whether the call runs under something that cannot enter a custom autograd Function."""
-    return (
-        x.is_meta
-        or x.is_nested
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )
 
 
 class _AdapterLinear(torch.autograd.Function):
@@ -195,79 +181,3 @@ class _AdapterLinear(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    bias: Tensor | None,
-    dropout_p: float,
-) -> None:
-    if weight.dim() != 2 or lora_A.dim() != 2 or lora_B.dim() != 2:
-        raise ValueError(
-            f"weight, lora_A and lora_B must be matrices; they have shapes {_shape(weight)}, "
-            f"{_shape(lora_A)} and {_shape(lora_B)}"
-        )
-    n, k = weight.shape
-    r = lora_A.shape[0]
-    if x.dim() < 1 or x.shape[-1] != k:
-        raise ValueError(f"x has shape {_shape(x)}; its last dimension must be K = {k} of weight")
-    if r < 1 or lora_A.shape[1] != k:
-        raise ValueError(f"lora_A has shape {_shape(lora_A)}; it must be [r, {k}] with r ≥ 1")
-    if lora_B.shape[0] != n or lora_B.shape[1] != r:
-        raise ValueError(f"lora_B has shape {_shape(lora_B)}; it must be [{n}, {r}]")
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != n):
-        raise ValueError(f"bias has shape {_shape(bias)}; it must be [{n}]")
-    dtype = x.dtype
-    if not dtype.is_floating_point:
-        raise TypeError(f"x must be a floating tensor, not {dtype}")
-    if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
-        found = f"weight is {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
-        raise TypeError(f"weight and bias must have x's dtype {dtype}; {found}")
-    for name, matrix in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if matrix.dtype != dtype and not (matrix.dtype == torch.float32 and dtype in _backend.HALF):
-            raise TypeError(
-                f"{name} is {matrix.dtype}; over a {dtype} base it must be {dtype}"
-                + (" or torch.float32" if dtype in _backend.HALF else "")
-            )
-    device = x.device
-    for name, tensor in (
-        ("weight", weight),
-        ("lora_A", lora_A),
-        ("lora_B", lora_B),
-        ("bias", bias),
-    ):
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device} but x is on {device}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}")
-    if not -math.inf < scaling < math.inf:
-        raise ValueError(f"scaling must be a finite number, not {scaling}")
-
-
-def _check_scales(scales: Scales, x: Tensor, lora_B: Tensor) -> None:
-    n, r = lora_B.shape
-    for name, vector, size in (
-        ("out_scale", scales.out, n),
-        ("mid_scale", scales.mid, r),
-        ("adapter_scale", scales.adapter, n),
-    ):
-        if vector is None:
-            continue
-        if vector.dim() != 1 or vector.shape[0] != size:
-            raise ValueError(f"{name} has shape {_shape(vector)}; it must be [{size}]")
-        half = x.dtype in _backend.HALF
-        if vector.dtype != x.dtype and not (half and vector.dtype == torch.float32):
-            raise TypeError(
-                f"{name} is {vector.dtype}; over a {x.dtype} base it must be {x.dtype}"
-                + (" or torch.float32" if half else "")
-            )
-        if vector.device != x.device:
-            raise ValueError(f"{name} is on {vector.device} but x is on {x.device}")
-
-
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)

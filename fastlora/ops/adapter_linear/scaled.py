@@ -80,6 +80,41 @@ def fold(lora_B: Tensor, scales: Scales, dtype: torch.dtype) -> Tensor:
     return lora_B.to(dtype)
 
 
+def unfold(
+    dC: Tensor | None,
+    lora_B: Tensor | None,
+    scales: Scales,
+    need_B: bool,
+    need_mid: bool,
+    need_adapter: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dB [N, r], dd [r], db [N]) from the gradient dC of ``fold``'s C; None if not needed.
+
+    lora_B is read for dd and db only.
+    """
+    b, d = scales.adapter, scales.mid
+    if dC is None or (b is None and d is None):
+        return dC if need_B else None, None, None
+    dd = db = own_B = None
+    dC = dC.to(torch.promote_types(dC.dtype, torch.float32))
+    b = None if b is None else b.to(dC.dtype)
+    d = None if d is None else d.to(dC.dtype)
+    if need_mid or need_adapter:
+        assert lora_B is not None
+        own_B = lora_B.to(dC.dtype) * dC
+    if need_mid:
+        assert own_B is not None
+        dd = own_B.sum(0) if b is None else own_B.t().mv(b)
+    if need_adapter:
+        assert own_B is not None
+        db = own_B.sum(1) if d is None else own_B.mv(d)
+    dB = None
+    if need_B:
+        dB = dC if b is None else dC * b[:, None]
+        dB = dB if d is None else dB * d
+    return dB, dd, db
+
+
 def forward(
     module: ModuleType,
     x: Tensor,
@@ -146,7 +181,7 @@ def backward(
         dropout_p,
         kept.seed,
     )
-    dg = dd = db = None
+    dg = None
     if scales.out is None:
         dx, dweight, dA, dC, dbias = module.backward(*operands, asked)
     else:
@@ -162,25 +197,8 @@ def backward(
             bias=kept.bias,
             read=read,
         )
-    dB = dC
-    if dC is not None and (scales.mid is not None or scales.adapter is not None):
-        dC = dC.to(torch.promote_types(dy.dtype, torch.float32))
-        own_B = None
-        if needs.mid_scale or needs.adapter_scale:
-            assert lora_B is not None
-            own_B = lora_B.to(dC.dtype) * dC
-        b = None if scales.adapter is None else scales.adapter.to(dC.dtype)
-        d = None if scales.mid is None else scales.mid.to(dC.dtype)
-        if needs.mid_scale:
-            assert own_B is not None
-            dd = own_B.sum(0) if b is None else own_B.t().mv(b)
-        if needs.adapter_scale:
-            assert own_B is not None
-            db = own_B.sum(1) if d is None else own_B.mv(d)
-        if needs.lora_B:
-            dB = dC if b is None else dC * b[:, None]
-            dB = dB if d is None else dB * d
-    return dx, dweight, dA, dB if needs.lora_B else None, dbias, dg, dd, db
+    dB, dd, db = unfold(dC, lora_B, scales, needs.lora_B, needs.mid_scale, needs.adapter_scale)
+    return dx, dweight, dA, dB, dbias, dg, dd, db
 
 
 class ScaledAdapterLinear(torch.autograd.Function):

@@ -431,7 +431,7 @@ def draw_seed(device: torch.device | str) -> Tensor:
 
 
 @cache
-def _arch(device: torch.device) -> tiles.Arch:
+def arch_of(device: torch.device) -> tiles.Arch:
     if device.type == "cpu":
         return tiles.INTERPRETER
     facts = torch.cuda.get_device_properties(device)
@@ -479,7 +479,7 @@ def _regular(
     return True
 
 
-def _threshold(dropout_p: float, seed: Tensor | None) -> int:
+def level_of(dropout_p: float, seed: Tensor | None) -> int:
     """The 16-bit level below which an element drops; 0 where nothing can."""
     level = dropout.threshold(dropout_p) if dropout_p > 0.0 else 0
     if level and seed is None:
@@ -487,7 +487,7 @@ def _threshold(dropout_p: float, seed: Tensor | None) -> int:
     return level
 
 
-def _scale(scaling: float, level: int) -> float:
+def total_scale(scaling: float, level: int) -> float:
     return float(scaling) * dropout.LEVELS / (dropout.LEVELS - level)
 
 
@@ -497,17 +497,17 @@ def _sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
         return parts[0]
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     count = out.numel()
-    tile = tiles.choose("sum", torch.float32, 1, 1, 1, 1, _arch(parts.device))
+    tile = tiles.choose("sum", torch.float32, 1, 1, 1, 1, arch_of(parts.device))
     adapter_linear_sum_kernel[(tiles.cdiv(count, tile.BLOCK_N),)](
         parts, out, parts.shape[0], count, **_options(tile, "BLOCK_M", "BLOCK_N")
     )
     return out
 
 
-def _shrink(x: Tensor, lora_A: Tensor, scaling: float, level: int, seed: Tensor | None) -> Tensor:
+def shrink(x: Tensor, lora_A: Tensor, scaling: float, level: int, seed: Tensor | None) -> Tensor:
     """t [M, r] = s * keep_scale * drop(x) Aᵀ in x's dtype. x [M, K], lora_A [r, K]."""
     (M, K), r = x.shape, lora_A.shape[0]
-    arch = _arch(x.device)
+    arch = arch_of(x.device)
     regular = _regular(r, (K,), (x,), (lora_A,))
     tile = tiles.choose("shrink", x.dtype, M, 0, K, r, arch, regular)
     splits, steps = tiles.shrink_splits(tile, M, K, r, arch)
@@ -525,7 +525,7 @@ def _shrink(x: Tensor, lora_A: Tensor, scaling: float, level: int, seed: Tensor 
         K,
         r,
         steps,
-        _scale(scaling, level),
+        total_scale(scaling, level),
         level,
         DROPOUT=level > 0,
         INPUT_PRECISION=_input_precision(x.dtype),
@@ -534,7 +534,7 @@ def _shrink(x: Tensor, lora_A: Tensor, scaling: float, level: int, seed: Tensor 
     return _sum(parts, x.dtype)
 
 
-def _main(
+def main(
     x: Tensor | None,
     w: Tensor | None,
     t: Tensor,
@@ -553,7 +553,7 @@ def _main(
     """
     (M, r), N = t.shape, b.shape[1]
     K = 0 if x is None else x.shape[1]
-    arch = _arch(t.device)
+    arch = arch_of(t.device)
     rows = (t,) if r > 16 else ()
     others = (b,) if r > 16 else ()
     if x is not None and w is not None:
@@ -597,7 +597,7 @@ def _main(
     return out
 
 
-def _bwd_dy(
+def bwd_dy(
     dy: Tensor,
     lora_B: Tensor | None,
     t: Tensor | None,
@@ -619,7 +619,7 @@ def _bwd_dy(
         db = None if t is None else dy.new_zeros((N, r), dtype=torch.float32)
         wanted = 1 if bias is None else 2
         return h, db, None if y is None else [dy.new_zeros(N, dtype=torch.float32)] * wanted
-    arch = _arch(dy.device)
+    arch = arch_of(dy.device)
     rows = (dy,) if r <= 16 or t is None else (dy, t)
     rows = rows if y is None else (*rows, y)
     others = (lora_B,) if r > 16 and lora_B is not None else ()
@@ -671,12 +671,12 @@ def _bwd_dy(
     return h, db, dots
 
 
-def _bwd_da(h: Tensor, x: Tensor, level: int, seed: Tensor | None) -> Tensor:
+def bwd_da(h: Tensor, x: Tensor, level: int, seed: Tensor | None) -> Tensor:
     """dA [r, K] fp32 = Hᵀ (keep ∘ x). h [M, r], x [M, K]."""
     (M, K), r = x.shape, h.shape[1]
     if 0 in (M, K):  # nothing to launch
         return h.new_zeros((r, K), dtype=torch.float32)
-    arch = _arch(x.device)
+    arch = arch_of(x.device)
     regular = _regular(r, (K,), (x, h) if r > 16 else (x,), ())
     tile = tiles.choose("bwd_da", x.dtype, M, 0, K, r, arch, regular)
     programs = tiles.cdiv(K, tile.BLOCK_K) * tiles.cdiv(r, tile.BLOCK_R)
@@ -707,7 +707,7 @@ def _bwd_dg(dy: Tensor, x: Tensor, weight: Tensor, asked: Tensor) -> Tensor:
     It never waits to learn whether a column is asked for: the kernel looks, and nearly always ends.
     """
     (M, K), N = x.shape, weight.shape[0]
-    arch = _arch(x.device)
+    arch = arch_of(x.device)
     regular = _regular(16, (N, K), (dy, x), (weight,))
     tile = tiles.choose("bwd_dg", x.dtype, M, N, K, 16, arch, regular)
     tiles_k = tiles.cdiv(K, tile.BLOCK_K)
@@ -730,6 +730,26 @@ def _bwd_dg(dy: Tensor, x: Tensor, weight: Tensor, asked: Tensor) -> Tensor:
     return _sum(parts, torch.float32)
 
 
+def out_scale_gradient(
+    dy: Tensor,
+    dots: list[Tensor],
+    product: Tensor,
+    out_scale: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    lora_B: Tensor,
+) -> Tensor:
+    """dg [N] fp32 of y = g ∘ (x Wᵀ + t Bᵀ) + bias, from what ``bwd_dy`` read off y.
+
+    product [N, r] is its dYᵀ t, from which the columns that y does not show are computed.
+    """
+    mean_square = None if bias is None else dots[1] / dy.shape[0]
+    unread = doubtful(out_scale, bias, mean_square, dy.dtype)
+    exact = (product * lora_B).sum(1).add_(_bwd_dg(dy, x, weight, unread))
+    return torch.where(unread, exact, dots[0] / out_scale)
+
+
 def _drop(
     x: Tensor, scale: float, level: int, seed: Tensor | None, out: Tensor | None = None
 ) -> Tensor:
@@ -738,7 +758,7 @@ def _drop(
     if out is None:
         out = torch.empty((M, K), dtype=x.dtype, device=x.device)
     regular = _regular(16, (K,), (x,), ())
-    tile = tiles.choose("drop", x.dtype, M, 0, K, 16, _arch(x.device), regular)
+    tile = tiles.choose("drop", x.dtype, M, 0, K, 16, arch_of(x.device), regular)
     adapter_linear_drop_kernel[(tiles.cdiv(M, tile.BLOCK_M) * tiles.cdiv(K, tile.BLOCK_K),)](
         x,
         out,
@@ -753,7 +773,7 @@ def _drop(
     return out
 
 
-def _on_device(x: Tensor) -> Any:
+def on_device(x: Tensor) -> Any:
     """Makes x's device the current one, where Triton launches."""
     # an index below zero leaves the current device alone, which is all that a CPU tensor asks for
     return torch.cuda.device(x.get_device() if x.is_cuda else -1)
@@ -781,11 +801,11 @@ def forward(
         base = weight.t()
         y = torch.mm(x, base) if bias is None else torch.addmm(bias, x, base)
         return y, (x.new_zeros((M, r)) if need_t else None)
-    level = _threshold(dropout_p, seed)
-    with _on_device(x):
-        t = _shrink(x, lora_A, scaling, level, seed)
-        if tiles.algorithm("forward", x.dtype, M, N, K, r, _arch(x.device)) == "fused":
-            y = _main(x, weight.t(), t, lora_B.t(), bias, 0, None)
+    level = level_of(dropout_p, seed)
+    with on_device(x):
+        t = shrink(x, lora_A, scaling, level, seed)
+        if tiles.algorithm("forward", x.dtype, M, N, K, r, arch_of(x.device)) == "fused":
+            y = main(x, weight.t(), t, lora_B.t(), bias, 0, None)
         else:
             up = lora_B.t()
             y = torch.mm(t, up) if bias is None else torch.addmm(bias, t, up)
@@ -819,37 +839,37 @@ def backward(
         assert x is not None
         dweight = torch.mm(dy.t(), x)
     dbias = dy.sum(0, dtype=torch.float32) if needs.bias else None
-    level = _threshold(dropout_p, seed)
-    with _on_device(dy):
+    level = level_of(dropout_p, seed)
+    with on_device(dy):
         if needs.x or needs.lora_A:
             assert lora_B is not None
             own_t = t if needs.lora_B else None
-            h, db, _ = _bwd_dy(dy, lora_B, own_t, _scale(scaling, level))
+            h, db, _ = bwd_dy(dy, lora_B, own_t, total_scale(scaling, level))
         elif needs.lora_B:
             assert t is not None
-            _, db, _ = _bwd_dy(dy, None, t, 1.0)
+            _, db, _ = bwd_dy(dy, None, t, 1.0)
         if needs.lora_A:
             assert x is not None and h is not None
-            da = _bwd_da(h, x, level, seed)
+            da = bwd_da(h, x, level, seed)
         if needs.x:
             assert weight is not None and lora_A is not None and h is not None
             r, K = lora_A.shape
             if 0 in (M, N, K):
                 dx = torch.mm(dy, weight)
-            elif tiles.algorithm("dx", dy.dtype, M, N, K, r, _arch(dy.device)) == "fused":
-                dx = _main(dy, weight, h, lora_A, None, level, seed)
+            elif tiles.algorithm("dx", dy.dtype, M, N, K, r, arch_of(dy.device)) == "fused":
+                dx = main(dy, weight, h, lora_A, None, level, seed)
             else:
-                dx = _main(None, None, h, lora_A, None, level, seed) if level else h @ lora_A
+                dx = main(None, None, h, lora_A, None, level, seed) if level else h @ lora_A
                 dx.addmm_(dy, weight)
     return dx, dweight, da, db, dbias
 
 
-def _up(x: Tensor, w: Tensor, t: Tensor, b: Tensor, bias: Tensor | None, part: str) -> Tensor:
+def up(x: Tensor, w: Tensor, t: Tensor, b: Tensor, bias: Tensor | None, part: str) -> Tensor:
     """t b + x w + bias [M, N] by the algorithm of ``part``. x [M, K], w [K, N], t, b [r, N]."""
     (M, K), (r, N) = x.shape, b.shape
     own = (N, K) if part == "forward" else (K, N)
-    if tiles.algorithm(part, x.dtype, M, *own, r, _arch(x.device)) == "fused":
-        return _main(x, w, t, b, bias, 0, None)
+    if tiles.algorithm(part, x.dtype, M, *own, r, arch_of(x.device)) == "fused":
+        return main(x, w, t, b, bias, 0, None)
     out = torch.mm(t, b) if bias is None else torch.addmm(bias, t, b)
     return out.addmm_(x, w)
 
@@ -880,18 +900,18 @@ def scaled_forward(
             x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed,
             out_scale=out_scale, drop_base=drop_base, need_t=need_t, need_z=need_z,
         )  # fmt: skip
-    level = _threshold(dropout_p, seed)
+    level = level_of(dropout_p, seed)
     out_scale = out_scale.contiguous()
     z = None
-    with _on_device(x):
-        t = _shrink(x, lora_A, scaling, level, seed)
+    with on_device(x):
+        t = shrink(x, lora_A, scaling, level, seed)
         if drop_base:
-            y = _up(x, weight.t(), t, lora_B.t(), bias, "forward")
-            dropped = _drop(x, _scale(1.0, level), level, seed)
-            z = _up(dropped, weight.t(), t, lora_B.t(), None, "forward")
+            y = up(x, weight.t(), t, lora_B.t(), bias, "forward")
+            dropped = _drop(x, total_scale(1.0, level), level, seed)
+            z = up(dropped, weight.t(), t, lora_B.t(), None, "forward")
             y.addcmul_(z, eager.less_one(out_scale, x.dtype))
-        elif tiles.algorithm("forward", x.dtype, M, N, K, r, _arch(x.device)) == "fused":
-            y = _main(x, weight.t(), t, lora_B.t(), bias, 0, None, scale_out=out_scale)
+        elif tiles.algorithm("forward", x.dtype, M, N, K, r, arch_of(x.device)) == "fused":
+            y = main(x, weight.t(), t, lora_B.t(), bias, 0, None, scale_out=out_scale)
         else:
             y = torch.mm(t, lora_B.t()).addmm_(x, weight.t())
             eager.scale_columns(y, out_scale, bias)
@@ -937,36 +957,35 @@ def scaled_backward(
     read_off_y = read is not None and not drop_base
     if needs.bias:
         dbias = dy.sum(0, dtype=torch.float32)
-    level = _threshold(dropout_p, seed)
+    level = level_of(dropout_p, seed)
     # what the adapter's part is multiplied with: dYg B = dY (g ∘ B)
     scaled_B = None
     if needs.x or needs.lora_A:
         assert lora_B is not None
         scaled_B = eager.times(lora_B, out_scale[:, None])
-    with _on_device(dy):
+    with on_device(dy):
         own_t = t if needs.lora_B or read_off_y else None
         if scaled_B is not None or own_t is not None or read is not None:
             own_bias = bias if read_off_y else None
-            h, product, dots = _bwd_dy(dy, scaled_B, own_t, _scale(scaling, level), read, own_bias)
+            h, product, dots = bwd_dy(
+                dy, scaled_B, own_t, total_scale(scaling, level), read, own_bias
+            )
             dg = dots[0] if dots is not None else None
             if read_off_y:
                 assert x is not None and weight is not None and lora_B is not None
                 assert product is not None and dots is not None
-                mean_square = None if bias is None else dots[1] / M
-                unread = doubtful(out_scale, bias, mean_square, dy.dtype)
-                exact = (product * lora_B).sum(1).add_(_bwd_dg(dy, x, weight, unread))
-                dg = torch.where(unread, exact, dots[0] / out_scale)
+                dg = out_scale_gradient(dy, dots, product, out_scale, bias, x, weight, lora_B)
         if needs.lora_B:
             assert product is not None
             db = product * out_scale[:, None]
         if needs.lora_A:
             assert x is not None and h is not None
-            da = _bwd_da(h, x, level, seed)
+            da = bwd_da(h, x, level, seed)
         if needs.weight:
             assert x is not None
             dweight = torch.mm(dy.t(), x)
             if drop_base:
-                past = torch.mm(dy.t(), _drop(x, _scale(1.0, level), level, seed))
+                past = torch.mm(dy.t(), _drop(x, total_scale(1.0, level), level, seed))
                 dweight.addcmul_(past, eager.less_one(out_scale, dy.dtype)[:, None])
             else:
                 dweight.mul_(out_scale[:, None])
@@ -974,12 +993,12 @@ def scaled_backward(
             assert weight is not None and lora_A is not None and h is not None
             r, K = lora_A.shape
             if drop_base:
-                extra = eager.less_one(out_scale, torch.float32) * _scale(1.0, level)
-                dx = _up(eager.times(dy, extra), weight, h, lora_A, None, "dx")
+                extra = eager.less_one(out_scale, torch.float32) * total_scale(1.0, level)
+                dx = up(eager.times(dy, extra), weight, h, lora_A, None, "dx")
                 dx = _drop(dx, 1.0, level, seed, out=dx).addmm_(dy, weight)
-            elif tiles.algorithm("dx", dy.dtype, M, N, K, r, _arch(dy.device)) == "fused":
-                dx = _main(dy, weight, h, lora_A, None, level, seed, scale_in=out_scale)
+            elif tiles.algorithm("dx", dy.dtype, M, N, K, r, arch_of(dy.device)) == "fused":
+                dx = main(dy, weight, h, lora_A, None, level, seed, scale_in=out_scale)
             else:
-                dx = _main(None, None, h, lora_A, None, level, seed) if level else h @ lora_A
+                dx = main(None, None, h, lora_A, None, level, seed) if level else h @ lora_A
                 dx.addmm_(eager.times(dy, out_scale), weight)
     return dx, dweight, da, db, dbias, dg

@@ -96,6 +96,26 @@ def test_strided_operands(backend):
         assert error(got[name], value) <= 1e-5, name
 
 
+@pytest.mark.skipif("onednn" not in RUNNABLE, reason="this PyTorch was built without oneDNN")
+def test_onednn_is_not_given_a_slice_to_multiply_with(monkeypatch):
+    """It would take its reference code: seconds where MKL takes milliseconds."""
+    from fastlora.ops.adapter_linear import onednn
+
+    given = []
+    own = torch.ops.mkldnn._linear_pointwise
+
+    def watched(a, b, *rest):
+        given.append(b.stride())
+        return own(a, b, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", watched, raising=False)
+    a, wide = torch.randn(80, 300), torch.randn(700, 700)
+    for b in (wide[:, :300], wide[:300].t(), wide[:300, 1:].t(), wide[::2, :300]):
+        got = onednn.linear(a, b)
+        assert error(got, a.double() @ b.double().t()) <= 1e-5
+    assert given == [(1, 700)]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("adapter_dtype", [None, torch.float32])
 @pytest.mark.parametrize("p", [0.0, 0.25])

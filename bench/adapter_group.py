@@ -1,0 +1,306 @@
+"""Times one adapter_group call against an adapter_linear call per layer, over the frozen layers.
+
+    python -m bench.adapter_group [--tokens 256 512 2048] [--backend onednn eager] [--rank 16]
+                                  [--case qkv gate_up] [--rounds 30] [--threads 2] [--json FILE]
+
+A step is forward and backward, with the gradients of x and of every lora_A and lora_B; weights are
+frozen. Contestants take turns in one process, each round in another order:
+
+    base            the frozen layers alone, their products by the same library, dx summed by
+                    autograd: what both ways of adapting them are measured beyond
+    base, in place  the same with dx summed by hand in one accumulator, for comparison
+    separate        one adapter_linear a layer
+    group           one adapter_group
+
+Before anything is timed, y and every gradient of separate and group are held against float64; where
+one is off by more than 1e-5 of its largest element, nothing is reported and the exit status is 1.
+"beyond" is the median over rounds of a contestant's time minus base's in the same round. On Linux,
+a step during which the scheduler let one of the process's threads wait for a processor is no
+measurement of the step, and is taken again. The exit status is 1 too where the goal is missed: for
+q, k, v at 512 tokens, group beyond base is at most 0.6 times separate beyond base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlora.ops import Member, adapter_group, adapter_linear
+from fastlora.ops.adapter_group.contract import BACKENDS
+from fastlora.ops.adapter_group.reference import adapter_group_reference
+from fastlora.ops.adapter_linear import eager, onednn
+from fastlora.ops.backend import Situation, cpu_vendor
+
+CASES = {  # K, (N of each layer)
+    "qkv": (2048, (2048, 2048, 2048)),
+    "gate_up": (2048, (5632, 5632)),
+}
+SCALING = 2.0
+TOLERANCE = 1e-5
+GOAL = 0.6
+GOAL_TOKENS = 512
+CONTESTANTS = ("base", "base, in place", "separate", "group")
+PATIENCE = 20  # how many times its share of rounds a contestant may be interrupted
+
+
+class Step(NamedTuple):
+    """Operands of one training step: every tensor that requires grad is a leaf."""
+
+    x: Tensor
+    members: list[Member]
+    dys: list[Tensor]
+
+    def leaves(self) -> list[Tensor]:
+        return [self.x, *(t for m in self.members for t in (m.lora_A, m.lora_B))]
+
+
+def operands(case: str, tokens: int, rank: int, device: str, dtype: torch.dtype) -> Step:
+    """Frozen weights, trained adapters, and an x whose gradient is wanted."""
+    torch.manual_seed(0)
+    k, widths = CASES[case]
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape) * scale).to(device, dtype)
+
+    members = [
+        Member(
+            draw(n, k, scale=k**-0.5),
+            draw(rank, k, scale=k**-0.5).requires_grad_(),
+            draw(n, rank, scale=0.1).requires_grad_(),
+            SCALING,
+        )
+        for n in widths
+    ]
+    return Step(draw(tokens, k).requires_grad_(), members, [draw(tokens, n) for n in widths])
+
+
+class _Frozen(torch.autograd.Function):
+    """A frozen linear layer whose products oneDNN makes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return onednn.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return onednn.linear(dy, weight.t()), None
+
+
+def ways(step: Step, backend: str) -> dict[str, Callable[[], None]]:
+    """What is timed, by name."""
+    x, members, dys = step
+    frozen = _Frozen.apply if backend == "onednn" else torch.nn.functional.linear
+    linear = onednn.linear if backend == "onednn" else eager.aten_linear
+    leaves = step.leaves()
+
+    def backward(ys: Any) -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        torch.autograd.backward(list(ys), dys)
+
+    def base() -> None:
+        backward([frozen(x, m.weight) for m in members])
+
+    def base_in_place() -> None:
+        with torch.no_grad():
+            for m in members:
+                linear(x, m.weight)
+            dx = linear(dys[0], members[0].weight.t())
+            for m, dy in zip(members[1:], dys[1:], strict=True):
+                if backend == "onednn":
+                    dx.add_(linear(dy, m.weight.t()))
+                else:
+                    dx.addmm_(dy, m.weight)
+            x.grad = dx
+
+    def separate() -> None:
+        backward([adapter_linear(x, *m[:4], backend=backend) for m in members])
+
+    def group() -> None:
+        backward(adapter_group(x, members, backend=backend))
+
+    return dict(zip(CONTESTANTS, (base, base_in_place, separate, group), strict=True))
+
+
+def check(step: Step, backend: str) -> float:
+    """The largest error of separate and group, relative to the largest element, against float64."""
+
+    def wide(t: Tensor) -> Tensor:
+        return t.detach().double().requires_grad_(t.requires_grad)
+
+    x = wide(step.x)
+    members = [Member(*map(wide, m[:3]), m.scaling) for m in step.members]
+    ys = adapter_group_reference(x, members)
+    exact = [*ys, *torch.autograd.grad(ys, _leaves(x, members), [dy.double() for dy in step.dys])]
+    worst = 0.0
+    for way in (
+        adapter_group(step.x, step.members, backend=backend),
+        tuple(adapter_linear(step.x, *m[:4], backend=backend) for m in step.members),
+    ):
+        got = [*way, *torch.autograd.grad(way, step.leaves(), step.dys)]
+        for ours, theirs in zip(got, exact, strict=True):
+            error = (ours.double() - theirs).abs().max() / theirs.abs().max()
+            worst = max(worst, error.item())
+    return worst
+
+
+def _leaves(x: Tensor, members: list[Member]) -> list[Tensor]:
+    return [x, *(t for m in members for t in (m.lora_A, m.lora_B))]
+
+
+# -------------------------------------------------------------------------------------- timing
+
+
+def waited() -> int | None:
+    """Nanoseconds that threads of this process were ready to run and had no processor; or None."""
+    total = 0
+    try:
+        for thread in os.listdir("/proc/self/task"):
+            fields = Path(f"/proc/self/task/{thread}/schedstat").read_text().split()
+            total += int(fields[1])
+    except (OSError, IndexError, ValueError):
+        return None
+    return total
+
+
+def timed(call: Callable[[], None], device: str) -> tuple[float, bool]:
+    """(milliseconds of one call, whether nobody took a processor away meanwhile)."""
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end), True
+    before = waited()
+    started = time.perf_counter_ns()
+    call()
+    took = time.perf_counter_ns() - started
+    after = waited()
+    alone = before is None or after is None or after - before <= max(took // 1000, 30_000)
+    return took / 1e6, alone
+
+
+def measure(
+    calls: dict[str, Callable[[], None]], rounds: int, device: str
+) -> tuple[dict[str, list[float]], int]:
+    """(milliseconds of every call in each round, how many of these were disturbed all the same)."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    disturbed = 0
+    for number in range(-2, rounds):
+        order = list(calls)
+        random.Random(number).shuffle(order)
+        for name in order:
+            for _ in range(PATIENCE):
+                took, alone = timed(calls[name], device)
+                if alone:
+                    break
+            if number >= 0:
+                taken[name].append(took)
+                disturbed += not alone
+    return taken, disturbed
+
+
+def beyond(taken: dict[str, list[float]], name: str, base: str = "base") -> list[float]:
+    """Milliseconds by which ``name`` took longer than ``base``, round by round."""
+    return [own - bare for own, bare in zip(taken[name], taken[base], strict=True)]
+
+
+def spread(values: list[float]) -> str:
+    """Median, and the quartiles around it."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return f"{statistics.median(values):8.2f} [{low:7.2f}, {high:7.2f}]"
+
+
+def ours(device: str, dtype: torch.dtype) -> list[str]:
+    """The backends that compile for this device and dtype."""
+    at = Situation(torch.device(device), dtype)
+    names = [b.name for b in BACKENDS if not b.cannot(at)]
+    return [n for n in names if n != "triton" or device == "cuda"]
+
+
+def processor() -> str:
+    """The processor as it describes itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or cpu_vendor()
+    facts = dict(line.split(":", 1) for line in lines if ":" in line)
+    own = {key.strip(): value.strip() for key, value in facts.items()}
+    return f"{own.get('model name')}, family {own.get('cpu family')} model {own.get('model')}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Checks, times, prints; the exit status is 1 where a check or the goal fails."""
+    parser = argparse.ArgumentParser(prog="python -m bench.adapter_group", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, GOAL_TOKENS, 2048])
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--backend", nargs="+", help="all that can run, if left out")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    dtype = getattr(torch, args.dtype)
+
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else processor()
+    conditions = (
+        f"r={args.rank} {args.dtype}, {args.device} ({machine}), {args.threads} threads, "
+        f"torch {torch.__version__}, medians of {args.rounds} rounds with quartiles, milliseconds"
+    )
+    print(conditions)
+    rows: list[dict[str, object]] = []
+    missed = []
+    for case in args.case:
+        for backend in args.backend or ours(args.device, dtype):
+            for tokens in args.tokens:
+                step = operands(case, tokens, args.rank, args.device, dtype)
+                error = check(step, backend)
+                where = f"{case} M={tokens} {backend}"
+                if not error <= max(TOLERANCE, 3 * torch.finfo(dtype).eps):
+                    print(f"{where}: off by {error:.1e}: nothing is timed", file=sys.stderr)
+                    return 1
+                taken, disturbed = measure(ways(step, backend), args.rounds, args.device)
+                over = {name: beyond(taken, name) for name in ("separate", "group")}
+                medians = {name: statistics.median(values) for name, values in over.items()}
+                ratio = medians["group"] / medians["separate"]
+                print(f"{where}: largest error {error:.1e}, {disturbed} steps disturbed")
+                for name in CONTESTANTS:
+                    note = f"  beyond base {spread(over[name])}" if name in over else ""
+                    print(f"  {name:<15}{spread(taken[name])}{note}")
+                print(f"  group / separate, beyond base: {ratio:.2f}", flush=True)
+                rows.append(
+                    {"case": case, "K": CASES[case][0], "N": CASES[case][1], "M": tokens}
+                    | {"backend": backend, "error": error, "disturbed": disturbed}
+                    | {"beyond base": medians, "ratio": ratio, "ms": taken}
+                )
+                goes_for_goal = case == "qkv" and tokens == GOAL_TOKENS and args.device == "cpu"
+                if goes_for_goal and not ratio <= GOAL:
+                    missed.append(f"{where}: {ratio:.2f} of separate calls, not {GOAL}")
+    if args.json:
+        figures = {"conditions": conditions, "rows": rows}
+        Path(args.json).write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    print("; ".join(missed) or "goal met")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

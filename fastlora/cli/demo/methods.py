@@ -1,0 +1,117 @@
+"""What each ``--method`` means on peft's side and on ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.adapters import AdaLoRAConfig, AdapterConfig, LoRAConfig, VeRAConfig
+from fastlora.methods import LoRAFA, orthogonal_regulariser
+
+ALL_LINEAR: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the adapter is made and trained."""
+
+    method: str
+    r: int
+    alpha: float
+    dropout: float
+    lr: float
+    steps: int
+    via: str
+    backend: str | None
+
+
+@dataclass(frozen=True)
+class Method:
+    """``title``: as in tables. ``rank`` and ``lr``: what the demo takes unless told otherwise.
+
+    ``ours`` and ``theirs`` make the configurations. ``around_steps`` is attached to a model and
+    its optimizer, on both sides; ``beside`` is what our loss has beside the model's, where peft's
+    model adds it itself.
+    """
+
+    title: str
+    ours: Callable[[Recipe], AdapterConfig]
+    theirs: Callable[[Recipe], Any]
+    rank: int = 16
+    lr: float = 5e-4
+    has_alpha: bool = True
+    around_steps: Callable[[nn.Module, torch.optim.Optimizer], object] | None = None
+    beside: Callable[[nn.Module], Tensor] | None = None
+
+
+def _lora_options(recipe: Recipe) -> dict[str, Any]:
+    return {"r": recipe.r, "lora_alpha": recipe.alpha, "lora_dropout": recipe.dropout}
+
+
+def _lora(title: str, **variant: Any) -> Method:
+    def theirs(recipe: Recipe) -> Any:
+        import peft
+
+        return peft.LoraConfig(**ALL_LINEAR, **_lora_options(recipe), **variant)
+
+    return Method(title, lambda recipe: LoRAConfig(**_lora_options(recipe), **variant), theirs)
+
+
+def _vera_options(recipe: Recipe) -> dict[str, Any]:
+    return {"r": recipe.r, "vera_dropout": recipe.dropout}
+
+
+def _peft_vera(recipe: Recipe) -> Any:
+    import peft
+
+    return peft.VeraConfig(**ALL_LINEAR, **_vera_options(recipe))
+
+
+def _adalora_options(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "init_r": recipe.r,
+        "target_r": max(1, recipe.r * 2 // 3),
+        "lora_alpha": recipe.alpha,
+        "lora_dropout": recipe.dropout,
+        "total_step": recipe.steps + 1,
+    }
+
+
+def _peft_adalora(recipe: Recipe) -> Any:
+    import peft
+
+    return peft.AdaLoraConfig(**ALL_LINEAR, **_adalora_options(recipe))
+
+
+_PLAIN = _lora("LoRA")
+
+METHODS = {
+    "lora": _PLAIN,
+    "rslora": _lora("rsLoRA", use_rslora=True),
+    "dora": _lora("DoRA", use_dora=True),
+    "vera": Method(
+        "VeRA",
+        lambda recipe: VeRAConfig(**_vera_options(recipe)),
+        _peft_vera,
+        rank=256,
+        lr=5e-3,
+        has_alpha=False,
+    ),
+    "adalora": Method(
+        "AdaLoRA",
+        lambda recipe: AdaLoRAConfig(**_adalora_options(recipe)),
+        _peft_adalora,
+        beside=lambda model: AdaLoRAConfig.orth_reg_weight * orthogonal_regulariser(model),
+    ),
+    "lora_fa": Method(
+        "LoRA-FA",
+        lambda recipe: LoRAConfig(use_lora_fa=True, **_lora_options(recipe)),
+        _PLAIN.theirs,
+        # peft's own optimizer multiplies in bfloat16, so that losses would differ by its rounding
+        around_steps=lambda model, optimizer: LoRAFA().attach(model, optimizer),
+    ),
+}
