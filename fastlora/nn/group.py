@@ -37,7 +37,7 @@ class _Pending(NamedTuple):
 
     x: Tensor
     leader: int
-    members: dict[int, Member]
+    tensors: dict[int, list[Tensor]]
     states: dict[int, Any]
     ready: dict[int, Tensor]
 
@@ -45,7 +45,7 @@ class _Pending(NamedTuple):
         """Whether a layer's result for x is there, and nothing it depends on has changed since."""
         if x is not self.x or slot not in self.ready:
             return False
-        if self.states[slot] != _state(x, self.members[slot]):
+        if self.states[slot] != _state(self.tensors[slot]):
             return False
         # backward through one layer's result frees what the others' would read
         node = self.ready[slot].grad_fn
@@ -121,9 +121,13 @@ class InputGroup:
             with without_keeping(x) as same:
                 results = adapter_group(same, [own, *others.values()])
         self._wait_for(results)
-        states = {other: _state(x, member) for other, member in others.items()}
+        tensors = {
+            other: [x, *(operand for operand in member if isinstance(operand, Tensor))]
+            for other, member in others.items()
+        }
+        states = {other: _state(those) for other, those in tensors.items()}
         ready = dict(zip(others, results[1:], strict=True))
-        self._pending = _Pending(x, slot, others, states, ready)
+        self._pending = _Pending(x, slot, tensors, states, ready)
         return results[0]
 
     def _others(self, slot: int, x: Tensor, own: Member) -> dict[int, Member]:
@@ -173,13 +177,12 @@ def _waits(node: Any) -> bool:
         return False
 
 
-def _state(x: Tensor, member: Member) -> Any:
-    """What a result depends on beside the input's identity: writes since, no_grad, autocast."""
-    kind = x.device.type
+def _state(tensors: list[Tensor]) -> Any:
+    """What a result depends on beside its tensors' identity: writes since, no_grad, autocast."""
+    kind = tensors[0].device.type
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    versions = [
-        operand._version
-        for operand in (x, *member)
-        if isinstance(operand, Tensor) and not operand.is_inference()
-    ]
+    try:
+        versions = [tensor._version for tensor in tensors]
+    except RuntimeError:  # inference tensors have none
+        versions = [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, versions

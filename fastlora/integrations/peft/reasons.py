@@ -45,7 +45,10 @@ def of_variants(layer: Any, *fused: type) -> str | None:
 
 def active(layer: Any, present: Container[str]) -> list[str]:
     """The active adapters among those that the layer has; the others do not concern it."""
-    return [name for name in layer.active_adapters if name in present]
+    names = layer._active_adapter
+    if isinstance(names, str):
+        return [names] if names in present else []
+    return [name for name in names if name in present]
 
 
 def of_state(layer: Any, active: list[str]) -> str | None:
