@@ -17,6 +17,7 @@ from fastlora.ops.dropout import drop, keep_scale, stream_noise
 
 _PIECE = 1 << 17  # elements
 _PIECE_CUDA = 1 << 24
+_LONGEST_SUM = 2048  # rows added up one by one in float32
 
 Linear = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
@@ -321,12 +322,27 @@ def less_one(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (scale.to(torch.promote_types(scale.dtype, torch.float32)) - 1).to(dtype)
 
 
+def _norm_weight_gradient(dy: Tensor, y: Tensor) -> Tensor:
+    """Σ_rows dY ∘ y [N] as the gradient of a layer norm's weight, whose normalised input is y: the
+    one form of this sum that PyTorch has as a single pass, half the time of two."""
+    rows, columns = dy.shape
+    mean, one = dy.new_zeros(rows, 1), dy.new_ones(rows, 1)
+    _, sums, _ = torch.ops.aten.native_layer_norm_backward(
+        dy, y, [columns], mean, one, dy.new_empty(columns), None, [False, True, False]
+    )
+    return sums
+
+
 def _column_dots(dy: Tensor, y: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Over the rows of [M, N], the sum of dY ∘ (y − bias) and, if there is a bias, the mean of
     (y − bias)²: [N] each, float32 or wider, in pieces that a cache can hold.
     """
     wide = torch.promote_types(dy.dtype, torch.float32)
     dots = dy.new_zeros(dy.shape[1], dtype=wide)
+    if bias is None and dy.is_cpu and dy.dtype == wide and dy.is_contiguous():
+        for own, other in zip(dy.split(_LONGEST_SUM), y.split(_LONGEST_SUM), strict=True):
+            dots += _norm_weight_gradient(own, other)
+        return dots, None
     squares = None if bias is None else torch.zeros_like(dots)
     piece = max(1, (_PIECE_CUDA if dy.is_cuda else _PIECE) // max(1, dy.shape[1]))
     for own, other in zip(dy.split(piece), y.split(piece), strict=True):
