@@ -98,7 +98,8 @@ def parameters_of(linear: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]
 def compute(x: Tensor, member: Member) -> Tensor:
     """``adapter_linear`` of x [..., K] with these operands, x kept only if it must be."""
     weight, lora_A, lora_B, scaling, bias, dropout_p, g, d, b, drop_base = member
-    if x.grad_fn is None or torch.compiler.is_compiling():
+    # while compiling it has no grad_fn to look at
+    if torch.compiler.is_compiling() or x.grad_fn is None:
         if g is None and d is None and b is None:
             return adapter_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
         return adapter_linear(

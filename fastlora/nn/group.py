@@ -21,6 +21,8 @@ from fastlora.ops.adapter_group import Member, adapter_group
 # read. One may be an accident: an exception, or a checkpoint that recomputes no more than it must.
 _MISSES = 3
 
+_hooks_on_top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
 
 class Joining(Protocol):
     """A layer that can be computed beside others."""
@@ -35,7 +37,7 @@ class _Pending(NamedTuple):
 
     x: Tensor
     leader: int
-    members: dict[int, Member]
+    tensors: dict[int, list[Tensor]]
     states: dict[int, Any]
     ready: dict[int, Tensor]
 
@@ -43,7 +45,11 @@ class _Pending(NamedTuple):
         """Whether a layer's result for x is there, and nothing it depends on has changed since."""
         if x is not self.x or slot not in self.ready:
             return False
-        return self.states[slot] == _state(x, self.members[slot])
+        if self.states[slot] != _state(self.tensors[slot]):
+            return False
+        # backward through one layer's result frees what the others' would read
+        node = self.ready[slot].grad_fn
+        return node is None or _waits(node)
 
 
 class InputGroup:
@@ -51,11 +57,17 @@ class InputGroup:
 
     A copied or unpickled group is empty: the layers that are copied with it ``join`` it, at the
     latest when they are first called. The group keeps no layer alive. Threads may share layers.
+
+    A checkpoint (``use_reentrant=False``) that recomputes a call must find the same layers computed
+    together as the first time. So while graphs that it may have to recompute wait for their
+    backward, no layer is left out that was not left out before.
     """
 
     def __init__(self, size: int) -> None:
         self._layers: list[weakref.ref[Any] | None] = [None] * size
         self._misses: dict[tuple[int, int], int] = {}  # by (layer called, layer computed with it)
+        self._left: set[tuple[int, int]] = set()  # the pairs that have missed too often
+        self._waiting: list[weakref.ref[Any]] = []  # nodes of graphs that may be recomputed
         self._pending: _Pending | None = None
 
     @classmethod
@@ -80,6 +92,9 @@ class InputGroup:
             return True
         return there is layer  # DataParallel's replicas share the group of their original
 
+    def leave(self, slot: int) -> None:
+        self._layers[slot] = None
+
     def result(self, layer: Joining, slot: int, x: Tensor) -> Tensor | None:
         """The layer's output for x; None where it is to be computed by itself."""
         if torch.compiler.is_compiling() or not self.join(layer, slot):
@@ -91,10 +106,12 @@ class InputGroup:
             if not pending.ready:
                 self._pending = None
             return y
-        self._drop(pending)
         own = layer.member(x)
-        if own is None:
+        if own is None:  # the others may still come for theirs
             return None
+        self._drop(pending)
+        del pending  # its graph goes with it, or that would be waited for
+        self._settle()
         others = self._others(slot, x, own)
         if not others:
             return None
@@ -103,16 +120,21 @@ class InputGroup:
         else:
             with without_keeping(x) as same:
                 results = adapter_group(same, [own, *others.values()])
-        states = {other: _state(x, member) for other, member in others.items()}
+        self._wait_for(results)
+        tensors = {
+            other: [x, *(operand for operand in member if isinstance(operand, Tensor))]
+            for other, member in others.items()
+        }
+        states = {other: _state(those) for other, those in tensors.items()}
         ready = dict(zip(others, results[1:], strict=True))
-        self._pending = _Pending(x, slot, others, states, ready)
+        self._pending = _Pending(x, slot, tensors, states, ready)
         return results[0]
 
     def _others(self, slot: int, x: Tensor, own: Member) -> dict[int, Member]:
         found = {}
         for other, known in enumerate(self._layers):
             layer = None if known is None else known()
-            if other == slot or layer is None or self._misses.get((slot, other), 0) >= _MISSES:
+            if other == slot or layer is None or (slot, other) in self._left:
                 continue
             member = layer.member(x)
             if (
@@ -123,6 +145,19 @@ class InputGroup:
                 found[other] = member
         return found
 
+    def _settle(self) -> None:
+        """Leave out what has missed too often, unless a checkpoint may yet recompute it."""
+        self._waiting = [known for known in self._waiting if _waits(known())]
+        if self._misses and not self._waiting:
+            for pair, count in list(self._misses.items()):
+                if count >= _MISSES:
+                    self._left.add(pair)
+
+    def _wait_for(self, results: tuple[Tensor, ...]) -> None:
+        if _hooks_on_top is not None and _hooks_on_top(True) is not None:
+            nodes = (y.grad_fn for y in results)
+            self._waiting += [weakref.ref(node) for node in nodes if node is not None][:1]
+
     def _drop(self, pending: _Pending | None) -> None:
         if pending is None:
             return
@@ -132,13 +167,22 @@ class InputGroup:
         self._pending = None
 
 
-def _state(x: Tensor, member: Member) -> Any:
-    """What a result depends on beside the input's identity: writes since, no_grad, autocast."""
-    kind = x.device.type
+def _waits(node: Any) -> bool:
+    """Whether the graph of this node is there and has not been gone through backward."""
+    try:
+        return node is not None and node._raw_saved_tensors is not None
+    except AttributeError:  # no Function's: it is there, and that is all there is to know
+        return True
+    except RuntimeError:  # what it had saved is freed
+        return False
+
+
+def _state(tensors: list[Tensor]) -> Any:
+    """What a result depends on beside its tensors' identity: writes since, no_grad, autocast."""
+    kind = tensors[0].device.type
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    versions = [
-        operand._version
-        for operand in (x, *member)
-        if isinstance(operand, Tensor) and not operand.is_inference()
-    ]
+    try:
+        versions = [tensor._version for tensor in tensors]
+    except RuntimeError:  # inference tensors have none
+        versions = [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, versions

@@ -82,6 +82,13 @@ def find(x: Tensor) -> Recipe | None:
         return None
     if x._backward_hooks or x.retains_grad or x._version:
         return None
+    # these cannot enter a custom Function such as _Gated
+    if (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    ):
+        return None
     # what somebody else packs is not to be unpacked here: a checkpoint would recompute at once
     if _hooks_on_top is None or _hooks_on_top(True) is not None:
         return None

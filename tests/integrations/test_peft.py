@@ -54,15 +54,6 @@ def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """Counts the calls of the fused operation."""
-    counted = []
-    original = ours.adapter_linear
-    monkeypatch.setattr(ours, "adapter_linear", lambda *a: counted.append(1) or original(*a))
-    return counted
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -194,6 +185,8 @@ def test_copies_and_pickles(tiny_llama, calls):
         before = len(calls)
         assert torch.equal(logits(twin), expected)
         assert len(calls) == before + 6
+        groups = [m._fastlora.group for m in twin.modules() if isinstance(m, ours.FusedLinear)]
+        assert groups[0] is groups[1] is not groups[3]
 
 
 def test_hooks_on_a_layer_run_and_hooks_on_its_parts_are_respected(tiny_llama, calls):
@@ -292,12 +285,12 @@ def test_the_view_leaves_out_what_it_has_no_form_for():
     )
     assert {x.name: x.kind for x in layers(model)} == {
         "conv": "conv",
-        "attention.out_proj": "linear",
+        "attention.base_layer.out_proj": "linear",
         "linear": "linear",
     }
     report = fastlora.accelerate(model)
-    assert [r.name for r in report.fused] == ["linear"]
-    assert {r.name for r in report.skipped} >= {"conv", "attention"}
+    assert [r.name for r in report.fused] == ["conv", "linear"]
+    assert {r.name for r in report.skipped} == {"attention", "attention.base_layer.out_proj"}
 
 
 def test_a_forward_replaced_on_the_instance_is_left_alone(tiny_llama, calls):
@@ -314,42 +307,40 @@ def test_a_forward_replaced_on_the_instance_is_left_alone(tiny_llama, calls):
 
 
 def test_what_has_no_fused_form_keeps_pefts_and_is_reported(tiny_llama, calls):
-    model = build(tiny_llama, use_dora=True)
+    model = build(tiny_llama, init_lora_weights="mica")
     expected = logits(model)
     report = fastlora.accelerate(model)
     assert not report.fused and len(report.skipped) == 6
-    assert all("DoraLinearVariant" in row.detail for row in report.skipped)
+    assert all("MiCALinearVariant" in row.detail for row in report.skipped)
     assert all(type(x.module) is peft.tuners.lora.Linear for x in layers(model))
     assert torch.equal(logits(model), expected) and not calls
-    model = build(tiny_llama, target_modules=["embed_tokens", "q_proj"])
-    report = fastlora.accelerate(model)
-    assert len(report.fused) == 2
-    assert [(r.name, r.detail) for r in report.skipped] == [
-        ("model.embed_tokens", "lora.layer.Embedding has no fused form")
-    ]
-    vera = peft.get_peft_model(tiny_llama(), peft.VeraConfig(r=4, target_modules=["q_proj"]))
-    report = fastlora.accelerate(vera)
-    assert len(report.skipped) == 2 and "vera.layer.Linear" in report.skipped[0].detail
+    ia3 = peft.get_peft_model(
+        tiny_llama(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+    )
+    report = fastlora.accelerate(ia3)
+    assert [row.detail for row in report.skipped] == ["ia3.layer.Linear has no fused form"] * 2
 
 
-def test_a_dora_adapter_added_later_runs_pefts_forward(tiny_llama, calls):
+def test_a_variant_added_later_runs_as_it_can(tiny_llama, calls):
+    """DoRA fused, another by peft's forward."""
     plain, fused, _ = pair(tiny_llama)
-    for model in (plain, fused):
-        torch.manual_seed(5)
-        model.add_adapter("dora", peft.LoraConfig(r=2, target_modules=TARGETS, use_dora=True))
-        fill(model, "dora", 6)
-        model.set_adapter("dora")
-    close(logits(fused), logits(plain))
-    assert not calls
+    for name, options in (("dora", {"use_dora": True}), ("mica", {"init_lora_weights": "mica"})):
+        for model in (plain, fused):
+            torch.manual_seed(5)
+            model.add_adapter(name, peft.LoraConfig(r=2, target_modules=TARGETS, **options))
+            fill(model, name, 6)
+            model.set_adapter(name)
+        calls.clear()
+        close(logits(fused), logits(plain))
+        assert len(calls) == (6 if name == "dora" else 0)
 
 
-def test_lora_bias_runs_pefts_forward(tiny_llama, calls):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        plain, fused, report = pair(tiny_llama, lora_bias=True)
-    assert "lora_bias" in report.skipped[0].detail
-    close(logits(fused), logits(plain))
-    assert not calls
+def test_the_report_names_the_method_and_the_partners(tiny_llama):
+    model = build(tiny_llama, target_modules=["q_proj", "k_proj", "v_proj"], use_dora=True)
+    assert fastlora.accelerate(model).fused[0] == (
+        "model.layers.0.self_attn.q_proj",
+        "adapter 'default', DoRA, r=4, scaling=2, computed with k_proj and v_proj",
+    )
 
 
 def test_conv1d_of_gpt2(calls):
@@ -391,6 +382,7 @@ def test_adapters_of_another_dtype_run_pefts_forward(tiny_llama, calls):
 
 def test_strict_refuses_and_changes_nothing(tiny_llama):
     model = build(tiny_llama, target_modules=["embed_tokens", "q_proj"])
+    model.get_input_embeddings().base_layer.max_norm = 1.0
     with pytest.raises(ValueError, match=r"strict: 1 adapted layers cannot be fused.*embed_tokens"):
         fastlora.accelerate(model, strict=True)
     assert not any(isinstance(m, ours.FusedLinear) for m in model.modules())

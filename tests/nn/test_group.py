@@ -188,6 +188,40 @@ def test_checkpointing(reentrant, calls):
     assert_same(run(checkpointed, x), plain)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), None])
+def test_a_checkpoint_finds_the_same_layers_together(reentrant, count, twin, calls):
+    """While layers with inputs of their own leave, in a copy's first step, and with several
+    forwards waiting for their backwards."""
+    model = make() if twin is None else twin(make())
+    plain = ungrouped(model)
+    for _ in range(6):
+        x = [torch.randn(3, 12, requires_grad=True) for _ in range(count)]
+        for each in (model, plain):
+            checkpoint(each, *x, use_reentrant=reentrant).square().sum().backward()
+    inputs = [[torch.randn(3, 12, requires_grad=True) for _ in range(2)] for _ in range(4)]
+    for each in (model, plain):
+        outputs = [checkpoint(each, *x, use_reentrant=reentrant) for x in inputs]
+        for y in outputs:
+            y.square().sum().backward()
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad)
+    if count == 2:
+        calls.clear()
+        model(torch.randn(3, 12), torch.randn(3, 12))
+        assert calls == [2]  # in the end q has left k and v, which stay together
+
+
+def test_a_member_that_runs_by_itself_leaves_the_others_their_results(calls):
+    model = make()
+    hook(model)
+    for _ in range(5):
+        model(torch.randn(3, 12))
+    assert calls == [2] * 5
+
+
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_groups_its_own_layers(twin, calls):
     model = make()
@@ -248,9 +282,9 @@ def test_threads_do_not_mix_results():
 
 def test_torch_compile_takes_the_layers_one_by_one(calls):
     model = make()
-    x = torch.randn(3, 12)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), ungrouped(model)(x))
+    x = torch.randn(3, 12, requires_grad=True)
+    compiled = torch.compile(lambda x: model(x * 2), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), ungrouped(model)(x * 2))
     assert calls == []
 
 

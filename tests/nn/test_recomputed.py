@@ -193,6 +193,21 @@ def test_frozen_factors():
     assert block.up.weight.grad is not None and block.down.lora_A.weight.grad is not None
 
 
+def test_transforms_and_forward_mode_see_the_plain_formula():
+    block, x = Block(), torch.randn(ROWS, NARROW)
+
+    def loss(x):
+        return block(x).square().sum()
+
+    expected = run(block, x)["x"]
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected)
+    direction = torch.randn_like(x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.clone().requires_grad_(), direction)
+        slope = torch.autograd.forward_ad.unpack_dual(loss(dual)).tangent
+    torch.testing.assert_close(slope, (expected * direction).sum())
+
+
 class Normed(nn.Module):
     """A llama's norm before a layer, its own weight trained or not."""
 
