@@ -52,7 +52,7 @@ TOLERANCE = 1e-5
 GOAL = 0.6
 GOAL_TOKENS = 512
 CONTESTANTS = ("base", "base, in place", "separate", "group")
-PATIENCE = 20  # how many times its share of rounds a contestant may be interrupted
+PATIENCE = 20  # how often a disturbed step is taken again
 
 
 class Step(NamedTuple):
@@ -195,8 +195,21 @@ def timed(call: Callable[[], None], device: str) -> tuple[float, bool]:
     return took / 1e6, alone
 
 
+def settle(seconds: float) -> None:
+    """Waits, at most so long, for a moment in which nothing else runs (Linux only)."""
+    deadline = time.monotonic() + seconds
+    seen = 0
+    while seen < 3 and time.monotonic() < deadline:
+        try:
+            running = int(Path("/proc/loadavg").read_text().split()[3].split("/")[0])
+        except (OSError, IndexError, ValueError):
+            return
+        seen = seen + 1 if running <= 1 else 0
+        time.sleep(0.01 if seen else 0.2)
+
+
 def measure(
-    calls: dict[str, Callable[[], None]], rounds: int, device: str
+    calls: dict[str, Callable[[], None]], rounds: int, device: str, patience: float
 ) -> tuple[dict[str, list[float]], int]:
     """(milliseconds of every call in each round, how many of these were disturbed all the same)."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
@@ -206,6 +219,7 @@ def measure(
         random.Random(number).shuffle(order)
         for name in order:
             for _ in range(PATIENCE):
+                settle(patience)
                 took, alone = timed(calls[name], device)
                 if alone:
                     break
@@ -256,6 +270,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument(
+        "--patience", type=float, default=1.0, help="seconds to wait for an idle machine, per step"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -278,7 +295,9 @@ def main(argv: list[str] | None = None) -> int:
                 if not error <= max(TOLERANCE, 3 * torch.finfo(dtype).eps):
                     print(f"{where}: off by {error:.1e}: nothing is timed", file=sys.stderr)
                     return 1
-                taken, disturbed = measure(ways(step, backend), args.rounds, args.device)
+                taken, disturbed = measure(
+                    ways(step, backend), args.rounds, args.device, args.patience
+                )
                 over = {name: beyond(taken, name) for name in ("separate", "group")}
                 medians = {name: statistics.median(values) for name, values in over.items()}
                 ratio = medians["group"] / medians["separate"]

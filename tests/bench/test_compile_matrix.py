@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from fastlora.ops.adapter_linear import tiles
+from bench.compile_cases import PROVIDERS
+from fastlora.ops.adapter_linear import tiles as adapter_linear
+from fastlora.ops.weight_norm import tiles as weight_norm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,18 +40,31 @@ def test_every_kernel_compiles_for_every_architecture(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     rows = json.loads(file.read_text())
     compiled = {(row["kernel"], row["arch"]) for row in rows}
-    assert compiled == {(k, a) for k in tiles.KERNELS for a in (80, 86, 89, 90, 100, 120)}
+    kernels = (*adapter_linear.KERNELS, *weight_norm.KERNELS)
+    assert compiled == {(k, a) for k in kernels for a in (80, 86, 89, 90, 100, 120)}
     for row in rows:
         assert 0 < row["registers"] <= 255
         assert row["code_bytes"] > 0
         assert row["spilled"] == 0
         assert row["shared"] <= row["limit"]
-        assert bool(row["tensor_core"]) == (row["kernel"] not in ("drop", "sum"))
+        assert bool(row["tensor_core"]) == (row["kernel"] not in ("drop", "sum", "finish"))
     by_name = {(row["kernel"], row["arch"]): row["tensor_core"] for row in rows}
     assert "HMMA" in by_name["main", 80]
     assert "HGMMA" in by_name["main", 90]
     assert "UTCHMMA" in by_name["main", 100]
-    assert done.stdout.splitlines()[-1].startswith("60 rows, 0 with problems")
+    assert done.stdout.splitlines()[-1].startswith("72 rows, 0 with problems")
+
+
+@pytest.mark.parametrize("operation, kernels", [(adapter_linear, 10), (weight_norm, 2)])
+def test_the_matrix_has_every_tile_that_can_be_chosen(operation, kernels):
+    assert len(operation.KERNELS) == kernels
+    for kernel in operation.KERNELS:
+        for arch in (80, 86, 89, 90, 100, 120):
+            for dtype in ("float32", "float16", "bfloat16"):
+                given = PROVIDERS[kernel].cases(kernel, dtype, arch, reduced=False)
+                facts = adapter_linear.arch_of(arch, 128)
+                chosen = operation.candidates(kernel, getattr(torch, dtype), facts)
+                assert {case.tile for case in given} == set(chosen)
 
 
 def test_an_unknown_name_is_refused():

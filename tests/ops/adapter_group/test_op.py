@@ -253,7 +253,7 @@ def test_with_dropout_every_member_has_its_own_product(monkeypatch):
         assert error(got[name], value.double()) <= 1e-6, name
 
 
-# ------------------------------------------------------------------------------- graphs and autocast
+# ------------------------------------------------------------------------------ graphs and autocast
 
 
 def test_float32_adapters_over_a_half_base_get_float32_gradients():
