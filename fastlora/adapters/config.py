@@ -63,6 +63,10 @@ class LoRAConfig(AdapterConfig):
         use_dora: weight-decomposed adaptation (arXiv 2402.09353).
         dora_simple: with DoRA, hold the norm constant in backward (its §4.3; peft always does).
             False lets the gradient flow through it. It is no part of a saved adapter.
+        dora_keep_output: with DoRA, keep each linear's output for the gradient of its magnitudes.
+            False computes it again in backward: less memory for one more base product. A gated
+            pair (gate and up) keeps its outputs anyway, for the gate. No effect under dropout, nor
+            on embeddings and convolutions. It is no part of a saved adapter.
         use_lora_fa: freeze A (arXiv 2308.03303), so that no layer keeps its input for backward;
             no part of a saved adapter, which is plain LoRA.
         lora_bias: give lora_B a bias. Not with DoRA; embeddings have none.
@@ -83,6 +87,7 @@ class LoRAConfig(AdapterConfig):
     use_rslora: bool = False
     use_dora: bool = False
     dora_simple: bool = True
+    dora_keep_output: bool = True
     use_lora_fa: bool = False
     lora_bias: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -92,7 +97,13 @@ class LoRAConfig(AdapterConfig):
         super().__post_init__()
         check_hyperparameters(self.r, self.lora_alpha, self.lora_dropout)
         check_switch("use_rslora", self.use_rslora)
-        check_variants(self.use_dora, self.dora_simple, self.use_lora_fa, self.lora_bias)
+        check_variants(
+            self.use_dora,
+            self.dora_simple,
+            self.use_lora_fa,
+            self.lora_bias,
+            self.dora_keep_output,
+        )
         for name, pattern in self.patterns().items():
             if not isinstance(pattern, dict):
                 raise ValueError(f"{name} must map expressions to numbers")

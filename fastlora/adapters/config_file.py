@@ -27,7 +27,7 @@ from fastlora.nn import AdaLoRALinear, AdaptedLayer, VeRALinear
 CONFIG_NAME = "adapter_config.json"
 
 # Options of ours that say how an adapter is trained, not what it computes: peft has no such fields.
-_UNWRITTEN = {"dora_simple", "use_lora_fa"}
+_UNWRITTEN = {"dora_simple", "dora_keep_output", "use_lora_fa"}
 # Entries of a configuration that say nothing about how the layers compute.
 _DESCRIPTIVE = {
     "peft_type",

@@ -9,7 +9,7 @@ from torch import nn
 
 # Names under which models keep the linears that read one input, side by side in one parent. A name
 # only proposes: a layer that is called with another tensor leaves its group (nn.group).
-FAMILIES = (
+_ATTENTION = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
     ("q_lin", "k_lin", "v_lin"),
@@ -17,11 +17,15 @@ FAMILIES = (
     ("to_q", "to_k", "to_v"),
     ("wq", "wk", "wv"),
     ("q", "k", "v"),
+)
+# Of these the model multiplies one output, activated, with the other, and so keeps both.
+GATED = (
     ("gate_proj", "up_proj"),
     ("wi_0", "wi_1"),
     ("w1", "w3"),
     ("fc11", "fc12"),
 )
+FAMILIES = _ATTENTION + GATED
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -39,6 +43,11 @@ def find_groups(layers: Mapping[str, Layer]) -> list[dict[str, Layer]]:
             if len({id(layers[path]) for path in paths}) == len(paths) > 1:
                 groups.append({path: layers[path] for path in paths})
     return groups
+
+
+def is_gated(path: str) -> bool:
+    """Whether the layer at ``path`` is, by its name, one whose output a gate keeps."""
+    return any(path.rpartition(".")[2] in family for family in GATED)
 
 
 def partners(path: str, group: Iterable[str]) -> str:

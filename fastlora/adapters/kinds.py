@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from fastlora.adapters.config import AdaLoRAConfig, AdapterConfig, LoRAConfig, VeRAConfig
+from fastlora.adapters.groups import is_gated
 from fastlora.nn import (
     AdaLoRALinear,
     AdaptedLayer,
@@ -90,7 +91,9 @@ def _lora(config: LoRAConfig, name: str, module: nn.Module) -> AdaptedLayer:
     if isinstance(module, CONVOLUTIONS):
         return LoRAConv.from_conv(module, **options)
     assert isinstance(module, nn.Linear)
-    return LoRALinear.from_linear(module, **options)
+    # a gate keeps its layers' outputs anyway: to compute them again would save nothing
+    keep = config.dora_keep_output or is_gated(name)
+    return LoRALinear.from_linear(module, **options, dora_keep_output=keep)
 
 
 def _projection(config: VeRAConfig, modules: list[nn.Module]) -> VeRAProjection:

@@ -97,17 +97,19 @@ def parameters_of(linear: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]
 
 def compute(x: Tensor, member: Member) -> Tensor:
     """``adapter_linear`` of x [..., K] with these operands, x kept only if it must be."""
-    weight, lora_A, lora_B, scaling, bias, dropout_p, g, d, b, drop_base = member
+    weight, lora_A, lora_B, scaling, bias, dropout_p, g, d, b, drop_base, keep_output = member
     # while compiling it has no grad_fn to look at
     if torch.compiler.is_compiling() or x.grad_fn is None:
         if g is None and d is None and b is None:
             return adapter_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
         return adapter_linear(
             x, weight, lora_A, lora_B, scaling, bias, dropout_p,
-            out_scale=g, mid_scale=d, adapter_scale=b, drop_base=drop_base,
+            out_scale=g, mid_scale=d, adapter_scale=b,
+            drop_base=drop_base, keep_output=keep_output,
         )  # fmt: skip
     with without_keeping(x) as x:
         return adapter_linear(
             x, weight, lora_A, lora_B, scaling, bias, dropout_p,
-            out_scale=g, mid_scale=d, adapter_scale=b, drop_base=drop_base,
+            out_scale=g, mid_scale=d, adapter_scale=b,
+            drop_base=drop_base, keep_output=keep_output,
         )  # fmt: skip

@@ -33,8 +33,10 @@ class LoRALinear(AdaptedLinear):
     With ``use_dora`` (arXiv 2402.09353) y = g ∘ (x Wᵀ + s · …) + bias, where g = m / ‖W + s·BA‖ and
     ``lora_magnitude_vector.weight`` m [N] starts as that norm; a row of norm zero counts as 1e-12.
     Dropout then reaches the part of the base that g adds, too, as in peft. ``dora_simple`` False
-    lets the gradient of A and B flow through the norm. With ``use_lora_fa`` (2308.03303) A is
-    frozen, and no input is kept for backward. ``lora_bias`` gives B a bias [N], added times s.
+    lets the gradient of A and B flow through the norm, and ``dora_keep_output`` False keeps no
+    output for m's gradient, which backward computes again (no effect under dropout). With
+    ``use_lora_fa`` (2308.03303) A is frozen, and no input is kept for backward. ``lora_bias`` gives
+    B a bias [N], added times s.
     """
 
     def __init__(
@@ -51,9 +53,10 @@ class LoRALinear(AdaptedLinear):
         dora_simple: bool = True,
         use_lora_fa: bool = False,
         lora_bias: bool = False,
+        dora_keep_output: bool = True,
     ) -> None:
         check_hyperparameters(r, lora_alpha, lora_dropout)
-        check_variants(use_dora, dora_simple, use_lora_fa, lora_bias)
+        check_variants(use_dora, dora_simple, use_lora_fa, lora_bias, dora_keep_output)
         super().__init__(weight, bias)
         self.r = r
         self.lora_alpha = lora_alpha
@@ -61,6 +64,7 @@ class LoRALinear(AdaptedLinear):
         self.use_rslora = use_rslora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.use_lora_fa = use_lora_fa
+        self.keep_output = dora_keep_output
         dtype = adapter_dtype_over(weight.dtype, adapter_dtype)
         where: dict[str, Any] = {"device": weight.device, "dtype": dtype}
         self.lora_A = nn.utils.skip_init(nn.Linear, self.in_features, r, bias=False, **where)
@@ -87,7 +91,7 @@ class LoRALinear(AdaptedLinear):
         """An adapted layer around ``linear``'s own weight and bias (shared, and frozen by this).
 
         ``adapter_dtype`` is the base's dtype, or float32 over a half-precision base (as in peft).
-        ``variants``: use_dora, dora_simple, use_lora_fa, lora_bias.
+        ``variants``: use_dora, dora_simple, use_lora_fa, lora_bias, dora_keep_output.
 
         Raises TypeError for anything but an exact ``nn.Linear`` with floating weights (a subclass
         may compute something else) and for an ``adapter_dtype`` that does not go with the base's;
@@ -114,7 +118,10 @@ class LoRALinear(AdaptedLinear):
         magnitude = self.lora_magnitude_vector
         if magnitude is not None:
             g = magnitude.scale(self.weight, lora_A, lora_B.weight, scaling)
-            return Member(self.weight, lora_A, lora_B.weight, scaling, bias, p, g, drop_base=p > 0)
+            return Member(
+                self.weight, lora_A, lora_B.weight, scaling, bias, p, g,
+                drop_base=p > 0, keep_output=self.keep_output,
+            )  # fmt: skip
         if lora_B.bias is not None:
             bias = bias_with(bias, lora_B.bias, scaling, self.weight.dtype)
         return Member(self.weight, lora_A, lora_B.weight, scaling, bias, p)
@@ -180,7 +187,13 @@ def check_hyperparameters(r: int, lora_alpha: float, lora_dropout: float) -> Non
     check_dropout("lora_dropout", lora_dropout)
 
 
-def check_variants(use_dora: bool, dora_simple: bool, use_lora_fa: bool, lora_bias: bool) -> None:
+def check_variants(
+    use_dora: bool,
+    dora_simple: bool,
+    use_lora_fa: bool,
+    lora_bias: bool,
+    dora_keep_output: bool = True,
+) -> None:
     """Raise ValueError for variants of LoRA that do not go together."""
     for name, value in locals().copy().items():
         check_switch(name, value)
@@ -188,3 +201,5 @@ def check_variants(use_dora: bool, dora_simple: bool, use_lora_fa: bool, lora_bi
         raise ValueError("lora_bias does not go with use_dora: peft has no such adapter")
     if not dora_simple and not use_dora:
         raise ValueError("dora_simple=False says how DoRA's norm is differentiated; set use_dora")
+    if not dora_keep_output and not use_dora:
+        raise ValueError("dora_keep_output=False says what DoRA keeps for backward; set use_dora")

@@ -13,6 +13,7 @@ LORA = {
     "lora": ({"r": 4, "lora_alpha": 7}, {}),
     "rslora": ({"r": 4, "lora_alpha": 7, "use_rslora": True}, {}),
     "dora": ({"r": 4, "lora_alpha": 7, "use_dora": True}, {}),
+    "dora_again": ({"r": 4, "lora_alpha": 7, "use_dora": True, "dora_keep_output": False}, {}),
     "lora_bias": ({"r": 4, "lora_alpha": 7, "lora_bias": True}, {}),
     "dora_patterns": (
         {
@@ -31,6 +32,7 @@ OTHERS = {
     "adalora": ({"init_r": 5, "target_r": 3, "lora_alpha": 7, "total_step": 9}, {}),
 }
 METHODS = LORA | OTHERS
+ONLY_OURS = {"dora_keep_output"}  # what is kept for backward, not what is computed
 
 
 def ours(method, targets, **more):
@@ -45,6 +47,7 @@ def peft_config(method, targets, **more):
     own, other = METHODS[method]
     kind = {"vera": peft.VeraConfig, "adal": peft.AdaLoraConfig}.get(method[:4], peft.LoraConfig)
     options = {"target_modules": targets} | own | other | more
+    options = {name: value for name, value in options.items() if name not in ONLY_OURS}
     return kind(**_without_strays(options, targets))
 
 

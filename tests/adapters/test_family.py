@@ -227,6 +227,28 @@ def test_simple_and_full_dora_agree_in_all_but_the_factors():
         assert (grads[0][name] - grads[1][name]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_outputs_are_kept_where_asked_or_where_a_gate_keeps_them(tiny_llama, tmp_path, keep):
+    model, _, _ = make("llama", tiny_llama)
+    fastlora.inject(model, LoRAConfig(r=4, use_dora=True, dora_keep_output=keep))
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, fastlora.nn.LoRALinear)}
+    for name, layer in linears.items():
+        gated = name.endswith(("gate_proj", "up_proj"))
+        assert layer.operands(dropout=False).keep_output == (keep or gated), name
+    x = torch.randn(30, 48, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(tuple(t.shape)) or t, lambda t: t
+    ):
+        layer = linears["model.layers.0.self_attn.o_proj"]
+        layer.group = None
+        layer(x)
+    of_tokens = [shape for shape in kept if 30 in shape]
+    assert sorted(of_tokens) == [(30, 4), (30, 48)] + [(30, 48)] * keep
+    fastlora.save_adapter(model, tmp_path)
+    assert "dora_keep_output" not in (tmp_path / "adapter_config.json").read_text()
+
+
 def test_a_row_of_norm_zero_is_finite_and_can_be_merged():
     linear = torch.nn.Linear(6, 5)
     with torch.no_grad():
@@ -428,6 +450,16 @@ def test_a_rank_pattern_for_a_layer_that_is_not_there():
     [
         (LoRAConfig, {"use_dora": True, "lora_bias": True}, "lora_bias does not go with use_dora"),
         (LoRAConfig, {"dora_simple": False}, "set use_dora"),
+        (
+            LoRAConfig,
+            {"dora_keep_output": False},
+            "dora_keep_output=False says what DoRA keeps for backward; set use_dora",
+        ),
+        (
+            LoRAConfig,
+            {"use_dora": True, "dora_keep_output": 0},
+            "dora_keep_output must be True or False",
+        ),
         (LoRAConfig, {"use_lora_fa": 1}, "use_lora_fa must be True or False"),
         (VeRAConfig, {"r": 0}, "r must be a whole number"),
         (VeRAConfig, {"vera_dropout": 1.0}, "vera_dropout must be in"),

@@ -54,6 +54,7 @@ class Member(NamedTuple):
     mid_scale: Tensor | None = None  # d [r]
     adapter_scale: Tensor | None = None  # b [N]
     drop_base: bool = False
+    keep_output: bool = True
 
 
 class Slot(NamedTuple):
@@ -74,7 +75,8 @@ class Part(NamedTuple):
     """The rest of a member, y = g ∘ (x Wᵀ + t Cᵀ) + bias, where t is its slot's.
 
     C [N, r] is lora_B with adapter_scale and mid_scale folded in. In x's dtype, but g may be
-    float32. In backward, what no gradient asked for needs is None; ``y`` comes where g's is.
+    float32. In backward, what no gradient asked for needs is None; ``y`` comes where g's is
+    asked for and the member keeps its output.
     """
 
     slot: int

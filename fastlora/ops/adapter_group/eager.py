@@ -217,7 +217,7 @@ def _rest(
     if need.bias:
         dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
     if need.out_scale:
-        assert part.y is not None and part.out_scale is not None and part.weight is not None
+        assert part.out_scale is not None and part.weight is not None
         assert x is not None and part.lora_B is not None and t is not None
         dg = eager.out_scale_gradient(
             dy, part.y, part.out_scale, part.bias, x, part.weight, part.lora_B, t, linear

@@ -82,6 +82,7 @@ def adapter_group(
     plan = _Plan(
         tuple(float(member.scaling) for member in members),
         tuple(member.dropout_p for member in members),
+        tuple(member.keep_output for member in members),
         module,
     )
     tensors = [getattr(member, name) for member in members for name in _TENSORS]
@@ -96,14 +97,15 @@ def _cast(member: Member, dtype: torch.dtype) -> Member:
 
 def _check(x: Tensor, member: Member) -> bool:
     """Refuses what ``adapter_linear`` refuses; whether the member's ``drop_base`` acts."""
-    weight, lora_A, lora_B, scaling, bias, dropout_p, *vectors, drop_base = member
+    weight, lora_A, lora_B, scaling, bias, dropout_p, *vectors, drop_base, _ = member
     check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
     _, drop_base = check_vectors(Scales(*vectors), x, lora_B, dropout_p, drop_base)
     return drop_base
 
 
 def _alone(x: Tensor, member: Member, backend: str | None) -> Tensor:
-    weight, lora_A, lora_B, scaling, bias, dropout_p, out, mid, adapter, drop_base = member
+    weight, lora_A, lora_B, scaling, bias, dropout_p, out, mid, adapter, *switches = member
+    drop_base, keep_output = switches
     return adapter_linear(
         x,
         weight,
@@ -116,6 +118,7 @@ def _alone(x: Tensor, member: Member, backend: str | None) -> Tensor:
         mid_scale=mid,
         adapter_scale=adapter,
         drop_base=drop_base,
+        keep_output=keep_output,
         backend=backend,
     )
 
@@ -125,6 +128,7 @@ class _Plan(NamedTuple):
 
     scalings: tuple[float, ...]
     dropouts: tuple[float, ...]
+    keep_outputs: tuple[bool, ...]
     module: ModuleType
 
 
@@ -154,7 +158,10 @@ class _AdapterGroup(torch.autograd.Function):
         firsts = range(0, len(tensors), size)
         need_x, flags = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
         needs = [ScaledNeeds(need_x, *flags[first : first + size]) for first in firsts]
-        keep = [what_to_keep(need, drop_base=False) for need in needs]
+        keep = [
+            what_to_keep(need, drop_base=False, keep_output=keep_output)
+            for need, keep_output in zip(needs, plan.keep_outputs, strict=True)
+        ]
         seeds = []
         for p in plan.dropouts:
             seed = plan.module.draw_seed(x.device) if p > 0.0 else None

@@ -187,7 +187,7 @@ def _of_part(
             dC = product if g is None else product * g[:, None]
         if need.out_scale:
             assert x is not None and part.weight is not None and part.lora_B is not None
-            assert product is not None and dots is not None and g is not None
+            assert product is not None and g is not None
             dg = kernels.out_scale_gradient(
                 dy, dots, product, g, part.bias, x, part.weight, part.lora_B
             )

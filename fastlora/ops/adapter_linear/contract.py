@@ -15,7 +15,8 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 # Each module has ``draw_seed``, ``forward`` and ``backward`` with the signatures of eager.py, and
 # ``scaled_forward`` and ``scaled_backward`` for calls with an ``out_scale``. The other two vectors
-# never reach a backend: scaled.py folds them into lora_B.
+# never reach a backend: scaled.py folds them into lora_B. Nor does ``keep_output``: a backend sees
+# whether it is given the y to read from.
 BACKENDS = (
     backend.Backend(
         "triton",

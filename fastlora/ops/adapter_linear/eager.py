@@ -195,14 +195,16 @@ def scaled_backward(
     drop_base: bool,
     bias: Tensor | None,
     read: Tensor | None,
+    need_out_scale: bool,
     linear: Linear = aten_linear,
 ) -> tuple[
     Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
 ]:
-    """(dx, dweight, dA, dB, dbias, dg) of ``scaled_forward``; dg [N] if ``read`` is given.
+    """(dx, dweight, dA, dB, dbias, dg) of ``scaled_forward``; dg [N] if ``need_out_scale``.
 
-    ``read`` is what dg is read from: y, for which x, weight, lora_B, t and the bias (if there was
-    one) must come too; with ``drop_base`` z, which suffices. The rest is as in ``backward``.
+    dg is read from ``read``: y, for which x, weight, lora_B, t and the bias (if there was one) must
+    come too; with ``drop_base`` z, which suffices. Without either, x, weight, lora_B and t do, from
+    which z is computed again. The rest is as in ``backward``.
     """
     dx = dweight = dA = dB = dbias = dg = None
     if drop_base:
@@ -225,8 +227,9 @@ def scaled_backward(
         )
     if needs.bias:
         dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
-    if read is not None:
+    if need_out_scale:
         if drop_base:
+            assert read is not None
             dg, _ = _column_dots(dy, read)
         else:
             assert x is not None and weight is not None and lora_B is not None and t is not None
@@ -236,7 +239,7 @@ def scaled_backward(
 
 def out_scale_gradient(
     dy: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     out_scale: Tensor,
     bias: Tensor | None,
     x: Tensor,
@@ -245,7 +248,14 @@ def out_scale_gradient(
     t: Tensor,
     linear: Linear,
 ) -> Tensor:
-    """dg [N] of y = g ∘ (x Wᵀ + t Bᵀ) + bias, read off y except where it does not show it."""
+    """dg [N] of y = g ∘ (x Wᵀ + t Bᵀ) + bias, read off y except where it does not show it.
+
+    Without y what g multiplied is computed again, for every column.
+    """
+    if y is None:
+        z = linear(x, weight, None)
+        z.t().addmm_(lora_B, t.t())
+        return _column_dots(dy, z)[0]
     dg, mean_square = _column_dots(dy, y, bias)
     dg.div_(out_scale)
     unread = doubtful(out_scale, bias, mean_square, dy.dtype)

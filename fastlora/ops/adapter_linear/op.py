@@ -37,6 +37,7 @@ def adapter_linear(
     mid_scale: Tensor | None = None,
     adapter_scale: Tensor | None = None,
     drop_base: bool = False,
+    keep_output: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     """y = g ∘ (x Wᵀ + s · b ∘ (((drop(x) Aᵀ) ∘ d) Bᵀ)) + bias, where g, b and d may be absent.
@@ -61,16 +62,22 @@ def adapter_linear(
         drop_base: what dropout means beside out_scale. False: the formula above. True (DoRA's
             code, and peft's): y = x Wᵀ + (g − 1) ∘ (drop(x) Wᵀ) + g ∘ (s · …) + bias, at the price
             of a second base product. Without dropout the two are one.
+        keep_output: what the gradient of out_scale is read from. True: y, which the next layer
+            mostly keeps anyway. False: y is not kept, and backward computes what out_scale
+            multiplied again, at the price of one more base product. Gradients agree to rounding.
+            It has no effect where out_scale needs no gradient, nor where drop_base acts: a
+            product that y does not show is kept then.
         backend: 'triton', 'onednn' or 'eager'; None chooses (see ``fastlora.explain``).
 
     Under ``torch.autocast`` the call computes in autocast's dtype, as ``F.linear`` does.
     Gradients flow to whichever operands require them, in their own dtype, and only what these
     gradients need is kept: x for lora_A or weight; the [M, r] product for lora_B, mid_scale or
-    adapter_scale; for out_scale all of these and y itself, which must then not be changed in
-    place (with drop_base under dropout a second [M, N] instead); torch.compile keeps x and weight
-    too where there are vectors. No second derivative. Under
+    adapter_scale; for out_scale all of these and, with keep_output, y itself, which must then not
+    be changed in place (with drop_base under dropout a second [M, N] instead); torch.compile keeps
+    x and weight too where there are vectors. No second derivative. Under
     torch.func's transforms, forward-mode derivatives and torch.jit.trace, and for nested and meta
-    tensors, the same formula runs as ordinary differentiable PyTorch.
+    tensors, the same formula runs as ordinary differentiable PyTorch, which keeps what autograd
+    does whatever keep_output says.
 
     Returns:
         y [..., N] in the compute dtype.
@@ -98,14 +105,14 @@ def adapter_linear(
         # registering operators imports dynamo and triton, so it waits until somebody compiles
         from fastlora.ops.adapter_linear.registered import compiled
 
-        return compiled(*arguments, scales, drop_base, backend)
+        return compiled(*arguments, scales, drop_base, keep_output, backend)
     if is_transformed(x):
         return composite(*arguments, scales, drop_base)
     module = _backend.select("adapter_linear", BACKENDS, device, x.dtype, backend)
     if scales is not None:
         with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
             return ScaledAdapterLinear.apply(
-                *arguments[:5], *scales, *arguments[5:], drop_base, module
+                *arguments[:5], *scales, *arguments[5:], drop_base, keep_output, module
             )
     if autocast:
         with torch.autocast(device.type, enabled=False):

@@ -28,6 +28,7 @@ def compiled(
     dropout_p: float,
     scales: Scales | None,
     drop_base: bool,
+    keep_output: bool,
     backend: str | None,
 ) -> Tensor:
     """``adapter_linear`` for a call being traced; its backend is fixed when the graph is made."""
@@ -49,6 +50,7 @@ def compiled(
             seed,
             drop_base,
             keep_z,
+            keep_output,
             name,
         )
         return y
@@ -248,9 +250,13 @@ def scaled_forward_op(
     seed: Tensor | None,
     drop_base: bool,
     keep_z: bool,
+    keep_output: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y [..., N], t [M, r], z [M, N], or z [0] unless ``keep_z``) of ``scaled.forward``."""
+    """(y [..., N], t [M, r], z [M, N], or z [0] unless ``keep_z``) of ``scaled.forward``.
+
+    ``keep_output`` says what is saved: without it, and without z, nothing of y's size is.
+    """
     module = _backend.select("adapter_linear", BACKENDS, x.device, x.dtype, backend)
     y, t, z = scaled.forward(
         module,
@@ -286,6 +292,7 @@ def _(
     seed: Tensor | None,
     drop_base: bool,
     keep_z: bool,
+    keep_output: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens = 1
@@ -360,9 +367,9 @@ def _(
 
 
 def _save_scaled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *operands, ctx.scaling, ctx.dropout_p, seed, ctx.drop_base, keep_z, ctx.backend = inputs
+    *operands, ctx.scaling, ctx.dropout_p, seed, ctx.drop_base, keep_z, keep_y, ctx.backend = inputs
     y, t, z = output
-    ctx.save_for_backward(*operands, t, z if keep_z else y, seed)
+    ctx.save_for_backward(*operands, t, z if keep_z else y if keep_y else None, seed)
 
 
 def _scaled_backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
@@ -381,7 +388,7 @@ def _scaled_backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | No
         ctx.backend,
     )
     asked = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return (*asked, None, None, None, None, None, None)
+    return (*asked, *[None] * 7)
 
 
 scaled_forward_op.register_autograd(_scaled_backward, setup_context=_save_scaled)

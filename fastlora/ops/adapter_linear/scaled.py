@@ -46,11 +46,13 @@ class Kept(NamedTuple):
     bias: Tensor | None
     scales: Scales
     t: Tensor | None
-    read: Tensor | None  # y, or z under drop_base: what the gradient of out_scale is read from
+    # what the gradient of out_scale is read from: z under drop_base, else y, or None without
+    # keep_output: then z is computed again
+    read: Tensor | None
     seed: Tensor | None
 
 
-def what_to_keep(needs: ScaledNeeds, drop_base: bool) -> set[str]:
+def what_to_keep(needs: ScaledNeeds, drop_base: bool, keep_output: bool) -> set[str]:
     """The fields of ``Kept`` that these gradients need."""
     keep = {"seed"}  # eight bytes; a backend takes it with any dropout
     if needs.x:
@@ -64,9 +66,13 @@ def what_to_keep(needs: ScaledNeeds, drop_base: bool) -> set[str]:
     if needs.mid_scale or needs.adapter_scale:
         keep |= {"t", "lora_B", "scales"}
     if needs.out_scale:
-        keep |= {"read", "scales"}
-        if not drop_base:  # x, weight, lora_B and t are for columns that y does not show
-            keep |= {"x", "weight", "lora_B", "t", "bias"}
+        keep |= {"scales"}
+        if drop_base:
+            keep |= {"read"}
+        else:  # for columns that y does not show, or for all of them
+            keep |= {"x", "weight", "lora_B", "t"}
+            if keep_output:
+                keep |= {"read", "bias"}
     return keep
 
 
@@ -186,8 +192,7 @@ def backward(
         dx, dweight, dA, dC, dbias = module.backward(*operands, asked)
     else:
         read = None
-        if needs.out_scale:
-            assert kept.read is not None
+        if needs.out_scale and kept.read is not None:
             read = rows(kept.read)
         dx, dweight, dA, dC, dbias, dg = module.scaled_backward(
             *operands,
@@ -196,6 +201,7 @@ def backward(
             drop_base=drop_base,
             bias=kept.bias,
             read=read,
+            need_out_scale=needs.out_scale,
         )
     dB, dd, db = unfold(dC, lora_B, scales, needs.lora_B, needs.mid_scale, needs.adapter_scale)
     return dx, dweight, dA, dB, dbias, dg, dd, db
@@ -218,10 +224,11 @@ class ScaledAdapterLinear(torch.autograd.Function):
         scaling: float,
         dropout_p: float,
         drop_base: bool,
+        keep_output: bool,
         module: ModuleType,
     ) -> Tensor:
         needs = ScaledNeeds(*ctx.needs_input_grad[:8])
-        keep = what_to_keep(needs, drop_base)
+        keep = what_to_keep(needs, drop_base, keep_output)
         scales = Scales(out_scale, mid_scale, adapter_scale)
         seed = module.draw_seed(x.device) if dropout_p > 0.0 else None
         y, t, z = forward(
@@ -272,4 +279,4 @@ class ScaledAdapterLinear(torch.autograd.Function):
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
         dx = owned[0]
-        return (None if dx is None else dx.view(shape), *owned[1:], None, None, None, None)
+        return (None if dx is None else dx.view(shape), *owned[1:], *[None] * 5)

@@ -3,8 +3,8 @@
 Five kernels: ``shrink`` (t = drop(x) Aᵀ), ``main`` (a GEMM whose accumulator starts as a rank-r
 product; forward y and dx), ``bwd_dy`` (one read of dY gives H and dB), ``bwd_da``, and ``sum``,
 which adds partial results in a fixed order. Two more for calls with an out_scale: ``bwd_dg`` (its
-gradient, for columns that y does not show) and ``drop``, an input under its mask. Derivation and
-traffic: this folder's README.
+gradient, for columns that y does not show or all of them) and ``drop``, an input under its mask.
+Derivation and traffic: this folder's README.
 x [M, K], W [N, K], A [r, K], B [N, r], y and dY [M, N], t and H [M, r], all of one compute dtype
 (fp32, fp16 or bf16) with any strides; products accumulate in fp32.
 """
@@ -350,7 +350,8 @@ def adapter_linear_bwd_dg_kernel(
     BLOCK_K: tl.constexpr,
 ):
     # dg[k-tile, n] = sum over the tile's k of W[n, k] sum_m dY[m, n] x[m, k]; dg [k-tiles, N]
-    # zero in a column tile in which no column is asked for, as nearly always in all of them
+    # zero in a column tile in which no column is asked for, as nearly always in all of them where
+    # the rest of dg is read off y
     pid_n = tl.program_id(0).to(tl.int64)
     pid_k = tl.program_id(1).to(tl.int64)
     columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
@@ -732,7 +733,7 @@ def _bwd_dg(dy: Tensor, x: Tensor, weight: Tensor, asked: Tensor) -> Tensor:
 
 def out_scale_gradient(
     dy: Tensor,
-    dots: list[Tensor],
+    dots: list[Tensor] | None,
     product: Tensor,
     out_scale: Tensor,
     bias: Tensor | None,
@@ -742,8 +743,12 @@ def out_scale_gradient(
 ) -> Tensor:
     """dg [N] fp32 of y = g ∘ (x Wᵀ + t Bᵀ) + bias, from what ``bwd_dy`` read off y.
 
-    product [N, r] is its dYᵀ t, from which the columns that y does not show are computed.
+    product [N, r] is its dYᵀ t, from which the columns that y does not show are computed; all of
+    them, if it has read no y.
     """
+    if dots is None:
+        every = torch.ones(dy.shape[1], dtype=torch.bool, device=dy.device)
+        return (product * lora_B).sum(1).add_(_bwd_dg(dy, x, weight, every))
     mean_square = None if bias is None else dots[1] / dy.shape[0]
     unread = doubtful(out_scale, bias, mean_square, dy.dtype)
     exact = (product * lora_B).sum(1).add_(_bwd_dg(dy, x, weight, unread))
@@ -934,14 +939,15 @@ def scaled_backward(
     drop_base: bool,
     bias: Tensor | None,
     read: Tensor | None,
+    need_out_scale: bool,
 ) -> tuple[
     Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
 ]:
     """(dx, dweight, dA, dB, dbias, dg) of ``scaled_forward``, None for what is not asked for.
 
-    dg [N] is asked for by ``read``, from which it is read: y, for which x, weight, lora_B, t and
-    the bias (if there was one) must come too; with ``drop_base`` z, which suffices. The rest is as
-    in ``backward``; dg comes in fp32.
+    dg [N] is read from ``read``: y, for which x, weight, lora_B, t and the bias (if there was one)
+    must come too; with ``drop_base`` z, which suffices. Without either, x, weight, lora_B and t do,
+    from which it is computed. The rest is as in ``backward``; dg comes in fp32.
     """
     M, N = dy.shape
     wide = x if x is not None else lora_A
@@ -949,12 +955,13 @@ def scaled_backward(
         return eager.scaled_backward(
             dy, x, weight, lora_A, lora_B, t, scaling, dropout_p, seed, needs,
             out_scale=out_scale, drop_base=drop_base, bias=bias, read=read,
+            need_out_scale=need_out_scale,
         )  # fmt: skip
     if 0 in dy.stride():
         dy = dy.contiguous()
     out_scale = out_scale.contiguous()
     dx = dweight = da = db = dbias = dg = h = product = None
-    read_off_y = read is not None and not drop_base
+    of_z = need_out_scale and not drop_base  # dg is that of a z which is not at hand
     if needs.bias:
         dbias = dy.sum(0, dtype=torch.float32)
     level = level_of(dropout_p, seed)
@@ -964,16 +971,17 @@ def scaled_backward(
         assert lora_B is not None
         scaled_B = eager.times(lora_B, out_scale[:, None])
     with on_device(dy):
-        own_t = t if needs.lora_B or read_off_y else None
-        if scaled_B is not None or own_t is not None or read is not None:
-            own_bias = bias if read_off_y else None
+        own_t = t if needs.lora_B or of_z else None
+        if scaled_B is not None or own_t is not None or need_out_scale:
+            own_read = read if need_out_scale else None
+            own_bias = bias if of_z and read is not None else None
             h, product, dots = bwd_dy(
-                dy, scaled_B, own_t, total_scale(scaling, level), read, own_bias
+                dy, scaled_B, own_t, total_scale(scaling, level), own_read, own_bias
             )
             dg = dots[0] if dots is not None else None
-            if read_off_y:
+            if of_z:
                 assert x is not None and weight is not None and lora_B is not None
-                assert product is not None and dots is not None
+                assert product is not None
                 dg = out_scale_gradient(dy, dots, product, out_scale, bias, x, weight, lora_B)
         if needs.lora_B:
             assert product is not None

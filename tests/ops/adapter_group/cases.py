@@ -12,12 +12,15 @@ from tests.ops.adapter_linear.cases import VECTORS, operands, vectors
 TENSORS = ("weight", "lora_A", "lora_B", "bias", *VECTORS)
 
 
-def member(k, n=20, r=4, scaling=0.7, p=0.0, which=(), bias=False, zeros=False, seed=0, **dtypes):
+def member(
+    k, n=20, r=4, scaling=0.7, p=0.0, which=(), bias=False, zeros=False, keep_output=True, seed=0,
+    **dtypes,
+):  # fmt: skip
     """One layer of width n and rank r over K = k; ``which`` vectors it has."""
     tensors = operands((1,), k, n, r, bias, seed=seed, **dtypes)
     tensors |= vectors(tensors, which, dtypes.get("adapter_dtype"), zeros, seed=seed + 50)
     del tensors["x"]
-    return Member(**tensors, scaling=scaling, dropout_p=p)
+    return Member(**tensors, scaling=scaling, dropout_p=p, keep_output=keep_output)
 
 
 def group(*kinds, leading=(7,), k=24, dtype=torch.float32, adapter_dtype=None):
@@ -106,6 +109,7 @@ def alone(x, members, backend=None):
             mid_scale=m.mid_scale,
             adapter_scale=m.adapter_scale,
             drop_base=m.drop_base,
+            keep_output=m.keep_output,
             backend=backend,
         )
         for m in members

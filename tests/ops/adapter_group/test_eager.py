@@ -56,6 +56,7 @@ kinds = st.fixed_dictionaries(
         "p": st.sampled_from([0.0, 0.0, 0.1, 0.5, 1e-7]),
         "which": st.sampled_from([(), (), VECTORS[:1], VECTORS[1:], VECTORS]),
         "zeros": st.booleans(),
+        "keep_output": st.booleans(),
     }
 )
 names = st.sampled_from(
@@ -113,6 +114,29 @@ def test_at_the_sizes_where_onednn_takes_over(backend, m, k, n, r, p, same):
 
 
 @pytest.mark.parametrize("backend", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bias_size", [1.0, 1e4])
+@pytest.mark.parametrize("k, n", [(24, 20), (576, 640)])
+@pytest.mark.parametrize("same", [False, True])
+def test_an_output_that_is_not_kept_changes_no_gradient(backend, dtype, bias_size, k, n, same):
+    """All but out_scale's own gradient are the same bits, beside members that keep theirs."""
+    if backend == "onednn" and dtype == torch.float64:
+        return
+    kind = {"n": n, "which": VECTORS, "bias": True, "zeros": True}
+    x, kept = group(kind, kind, kind | {"p": 0.3}, {}, leading=(300,), k=k, dtype=dtype)
+    kept = [m if m.bias is None else m._replace(bias=m.bias * bias_size) for m in kept]
+    kept = shared(kept) if same else kept
+    members = [m._replace(keep_output=index == 1) for index, m in enumerate(kept)]
+    call = partial(adapter_group, backend=backend)
+    got, plain = run(call, x, members), run(call, x, kept)
+    expected = exact(x, members, keeps=masks(x, members))
+    compare(got, expected, 1e-5 if dtype == torch.float32 else 1e-12, x, members)
+    for name in expected:
+        if name not in ("0.out_scale", "2.out_scale"):
+            assert torch.equal(got[name], plain[name]), name
+
+
+@pytest.mark.parametrize("backend", FORMS)
 def test_strided_operands(backend):
     """A transposed weight (Conv1D), every second row of x, slices, a broadcast dy."""
     _, members = group(*THREE)
@@ -130,10 +154,11 @@ def test_strided_operands(backend):
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("which", [(), VECTORS])
 @pytest.mark.parametrize("same", [False, True])
-def test_half_precision(dtype, adapter_dtype, p, which, same):
+@pytest.mark.parametrize("keep", [True, False])
+def test_half_precision(dtype, adapter_dtype, p, which, same, keep):
     """The error stays within twice (backward: three times) the plain formula's in that dtype."""
     kinds = ({"n": 80, "r": 8, "p": p}, {"n": 64, "r": 8}, {"n": 80, "r": 8, "scaling": 2.0})
-    kinds = [kind | {"which": which, "bias": True} for kind in kinds]
+    kinds = [kind | {"which": which, "bias": True, "keep_output": keep} for kind in kinds]
     x, members = group(*kinds, leading=(40,), k=96, dtype=dtype, adapter_dtype=adapter_dtype)
     members = shared(members) if same else members
     keeps = masks(x, members)

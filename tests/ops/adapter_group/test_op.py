@@ -71,6 +71,14 @@ def saved_floats(x, members):
         ({f"{i}.out_scale" for i in range(2)}, [{"which": VECTORS[:1]}] * 2, K + 2 * R + 2 * N),
         ({"0.out_scale"}, [{"which": VECTORS[:1]}] * 2, K + R + N),
         ({"0.lora_A", "0.lora_B"}, [{"which": VECTORS[:1]}] * 2, K + R),
+        # … and none where it is not to be kept
+        (None, [{"which": VECTORS[:1], "keep_output": False}] * 2, K + 2 * R),
+        ({"0.out_scale"}, [{"which": VECTORS[:1], "keep_output": False}] * 2, K + R),
+        (
+            {f"{i}.out_scale" for i in range(2)},
+            [{"which": VECTORS[:1], "keep_output": keep} for keep in (True, False)],
+            K + 2 * R + N,
+        ),
     ],
 )
 def test_only_what_the_gradients_need_is_saved(names, kinds, floats):
@@ -347,7 +355,12 @@ def test_an_operand_changed_in_place_before_backward_is_noticed():
 @pytest.mark.parametrize("leading", [(5,), (2, 3), ()])
 def test_an_output_may_be_changed_in_place_where_it_is_not_needed(leading):
     x, members = group({"which": VECTORS}, {}, leading=leading)
-    for name, refused in (("0.lora_B", False), ("0.out_scale", True)):
+    for name, refused, keep in (
+        ("0.lora_B", False, True),
+        ("0.out_scale", True, True),
+        ("0.out_scale", False, False),
+    ):
+        members[0] = members[0]._replace(keep_output=keep)
         leaf, own = trained(x, members, {"x", name})
         ys = adapter_group(leaf, own)
         assert not any(y._is_view() for y in ys)
@@ -362,7 +375,8 @@ def test_an_output_may_be_changed_in_place_where_it_is_not_needed(leading):
             plain_x, plain = trained(x, members, {"x", name})
             plain_ys = alone(plain_x, plain)
             (plain_ys[0].relu().sum() + 2 * plain_ys[1].sum()).backward()
-            torch.testing.assert_close(leaf.grad, plain_x.grad, atol=1e-4, rtol=1e-5)
+            for got, wanted in ((leaf, plain_x), (named(x, own)[name], named(x, plain)[name])):
+                torch.testing.assert_close(got.grad, wanted.grad, atol=1e-4, rtol=1e-5)
 
 
 def test_saved_outputs_are_freed_without_the_garbage_collector():
@@ -391,9 +405,10 @@ def test_a_second_derivative_is_refused():
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_drop_base_has_the_layers_own_results(p):
+@pytest.mark.parametrize("keep_output", [True, False])
+def test_drop_base_has_the_layers_own_results(p, keep_output):
     x, members = group({"p": p, "which": VECTORS}, {"p": p}, leading=(2, 3))
-    members[0] = members[0]._replace(drop_base=True)
+    members[0] = members[0]._replace(drop_base=True, keep_output=keep_output)
     got, plain = (run(call, x, members) for call in (adapter_group, alone))
     for name, value in plain.items():
         assert error(got[name], value.double()) <= 1e-6, name
@@ -531,10 +546,10 @@ def test_an_unknown_backend_is_refused():
 def test_a_member_is_what_adapter_linear_takes():
     assert Member._fields == (
         *("weight", "lora_A", "lora_B", "scaling", "bias", "dropout_p"),
-        *("out_scale", "mid_scale", "adapter_scale", "drop_base"),
+        *("out_scale", "mid_scale", "adapter_scale", "drop_base", "keep_output"),
     )
     own = member(K)
-    assert Member(*own[:4]) == own._replace(bias=None, dropout_p=0.0, drop_base=False)[:10]
+    assert Member(*own[:4]) == own._replace(bias=None, dropout_p=0.0, drop_base=False)
 
 
 def test_the_public_names():

@@ -38,6 +38,6 @@ def test_each_result_is_the_layers_own():
     keeps = masks(x, members)
     for y, m, keep in zip(adapter_group_reference(x, members, keeps), members, keeps, strict=True):
         expected = adapter_linear_reference(
-            x, *m[:5], keep, keep_scale(m.dropout_p), *m[6:]
+            x, *m[:5], keep, keep_scale(m.dropout_p), *m[6:10]
         )  # fmt: skip
         assert torch.equal(y, expected)

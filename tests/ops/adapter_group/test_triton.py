@@ -105,6 +105,7 @@ kinds = st.fixed_dictionaries(
         "p": st.sampled_from((0.0, 0.0, 0.25)),
         "which": st.sampled_from(((), (), VECTORS[:1], VECTORS)),
         "zeros": st.booleans(),
+        "keep_output": st.booleans(),
     }
 )
 
@@ -132,9 +133,10 @@ def test_any_call_agrees_with_the_formula(M, k, kinds, dtype, same, algorithm, n
 @pytest.mark.parametrize("dtype", (torch.float32, *HALVES))
 @pytest.mark.parametrize("p", (0.0, 0.25))
 @pytest.mark.parametrize("same", (False, True))
-def test_every_gradient_at_once(algorithm, dtype, p, same):
+@pytest.mark.parametrize("keep", (True, False))
+def test_every_gradient_at_once(algorithm, dtype, p, same, keep):
     kinds = [{"n": 45, "r": 12, "bias": True}, {"n": 33, "r": 12, "scaling": 2.0, "p": p}]
-    kinds.append({"n": 45, "r": 12, "which": VECTORS, "bias": True})
+    kinds.append({"n": 45, "r": 12, "which": VECTORS, "bias": True, "keep_output": keep})
     x, members = group(*kinds, leading=(37,), k=70, dtype=dtype)
     check(x, shared(members) if same else members, algorithm)
 

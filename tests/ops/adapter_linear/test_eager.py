@@ -201,16 +201,17 @@ VECTOR_SETS = [w for n in (1, 2, 3) for w in itertools.combinations(VECTORS, n)]
     zeros=st.booleans(),
     p=st.sampled_from([0.0, 0.1, 0.5]),
     drop_base=st.booleans(),
+    keep_output=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-def test_vectors(backend, leading, k, n, r, bias, which, zeros, p, drop_base, dtype):
+def test_vectors(backend, leading, k, n, r, bias, which, zeros, p, drop_base, keep_output, dtype):
     if backend == "onednn" and dtype == torch.float64:
         return
     drop_base = drop_base and "out_scale" in which
     tensors = operands(leading, k, n, r, bias, dtype)
     tensors |= vectors(tensors, which, zeros=zeros)
     dy = torch.randn(*leading, n, generator=torch.Generator().manual_seed(9)).to(dtype)
-    got = run(tensors, 0.7, dy, backend, p, drop_base=drop_base)
+    got = run(tensors, 0.7, dy, backend, p, drop_base=drop_base, keep_output=keep_output)
     expected = exact(tensors, 0.7, dy, **mask(tensors, p), drop_base=drop_base)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     for name, value in expected.items():
@@ -222,7 +223,10 @@ def test_vectors(backend, leading, k, n, r, bias, which, zeros, p, drop_base, dt
 @pytest.mark.parametrize("vector_dtype", [None, torch.float32])
 @pytest.mark.parametrize("p, drop_base", [(0.0, False), (0.25, False), (0.25, True)])
 @pytest.mark.parametrize("bias_size, x_size", [(0.0, 1.0), (1.0, 1.0), (30.0, 1.0), (1.0, 0.02)])
-def test_vectors_in_half_precision(dtype, vector_dtype, p, drop_base, bias_size, x_size):
+@pytest.mark.parametrize("keep_output", [True, False])
+def test_vectors_in_half_precision(
+    dtype, vector_dtype, p, drop_base, bias_size, x_size, keep_output
+):
     """The error stays within twice (backward: three times) the plain formula's in that dtype.
 
     Also where the bias is so large that y, rounded, no longer shows what out_scale multiplied.
@@ -233,7 +237,7 @@ def test_vectors_in_half_precision(dtype, vector_dtype, p, drop_base, bias_size,
     tensors |= vectors(tensors, dtype=vector_dtype, zeros=True)
     dy = torch.randn(40, 80, generator=torch.Generator().manual_seed(9)).to(dtype)
     drawn = mask(tensors, p)
-    got = run(tensors, 2.0, dy, "eager", p, drop_base=drop_base)
+    got = run(tensors, 2.0, dy, "eager", p, drop_base=drop_base, keep_output=keep_output)
     expected = exact(tensors, 2.0, dy, **drawn, drop_base=drop_base)
     plain = exact_in(tensors, dtype, 2.0, dy, drawn, drop_base)
     eps = torch.finfo(dtype).eps
@@ -248,8 +252,9 @@ def test_vectors_in_half_precision(dtype, vector_dtype, p, drop_base, bias_size,
     wanted=st.tuples(*[st.booleans()] * 8).filter(any),
     p=st.sampled_from([0.0, 0.3]),
     drop_base=st.booleans(),
+    keep=st.booleans(),
 )
-def test_only_the_gradients_asked_for_with_vectors(backend, wanted, p, drop_base):
+def test_only_the_gradients_asked_for_with_vectors(backend, wanted, p, drop_base, keep):
     tensors = operands((6,))
     tensors |= vectors(tensors, zeros=True)
     dy = torch.randn(6, 20, generator=torch.Generator().manual_seed(9))
@@ -257,7 +262,8 @@ def test_only_the_gradients_asked_for_with_vectors(backend, wanted, p, drop_base
     flags = dict(zip(tensors, wanted, strict=True))
     leaves = {n: t.detach().requires_grad_(flags[n]) for n, t in tensors.items()}
     torch.manual_seed(3)
-    y = adapter_linear(scaling=2.0, dropout_p=p, backend=backend, drop_base=drop_base, **leaves)
+    switches = {"drop_base": drop_base, "keep_output": keep}
+    y = adapter_linear(scaling=2.0, dropout_p=p, backend=backend, **switches, **leaves)
     y.backward(dy)
     for name, asked in flags.items():
         assert (leaves[name].grad is not None) == asked
@@ -267,17 +273,42 @@ def test_only_the_gradients_asked_for_with_vectors(backend, wanted, p, drop_base
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-6, 1e30])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_gradient_of_out_scale_where_y_does_not_show_it(size, bias):
+@pytest.mark.parametrize("keep_output", [True, False])
+def test_the_gradient_of_out_scale_where_y_does_not_show_it(size, bias, keep_output):
     """g zero, tiny or huge beside the bias: those columns are computed again, the rest read off."""
     tensors = operands((30,), bias=bias)
     tensors |= vectors(tensors, ("out_scale",))
     tensors["out_scale"][::4] *= size
     dy = torch.randn(30, 20, generator=torch.Generator().manual_seed(9))
     dy[:, tensors["out_scale"].abs() > 1e20] *= 1e-20  # leaves the other gradients finite
-    got = run(tensors, 2.0, dy, "eager")["out_scale"].double()
+    got = run(tensors, 2.0, dy, "eager", keep_output=keep_output)["out_scale"].double()
     expected = exact(tensors, 2.0, dy)["out_scale"]
     size_of_dy = dy.double().abs().amax(0)
     assert ((got - expected).abs() <= 1e-5 * expected.abs().max() * size_of_dy).all()
+
+
+@pytest.mark.parametrize("backend", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bias_size", [0.0, 1.0, 1e4])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("m, k, n", [(30, 24, 20), (300, 576, 640)])
+def test_an_output_that_is_not_kept_changes_no_gradient(backend, dtype, bias_size, p, m, k, n):
+    """At sizes of MKL and of oneDNN. All but out_scale's gradient are the same bits; that one is as
+    exact as the sums it consists of, however large the bias."""
+    if backend == "onednn" and dtype == torch.float64:
+        return
+    tensors = operands((m,), k, n, bias=bias_size > 0, dtype=dtype)
+    if bias_size:
+        tensors["bias"] *= bias_size
+    tensors |= vectors(tensors, zeros=True)
+    dy = torch.randn(m, n, generator=torch.Generator().manual_seed(9)).to(dtype)
+    kept, got = (run(tensors, 0.7, dy, backend, p, keep_output=k) for k in (True, False))
+    own, read = got.pop("out_scale"), kept.pop("out_scale")
+    assert got.keys() == kept.keys() and all(torch.equal(got[n], kept[n]) for n in got)
+    expected = exact(tensors, 0.7, dy, **mask(tensors, p))["out_scale"]
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-13
+    assert error(own, expected) <= tolerance
+    assert error(read, expected) <= 10 * tolerance
 
 
 @pytest.mark.parametrize("size", [1e-7, 3e4])
@@ -286,11 +317,13 @@ def test_the_gradient_of_out_scale_where_float16_has_no_room_for_y(size):
     tensors |= vectors(tensors, ("out_scale",), dtype=torch.float32)
     tensors["out_scale"] *= size
     dy = torch.randn(30, 20, generator=torch.Generator().manual_seed(9)).half()
-    got = run(tensors, 2.0, dy, "eager")["out_scale"]
+    got, again = (
+        run(tensors, 2.0, dy, "eager", keep_output=keep)["out_scale"] for keep in (True, False)
+    )
     plain = exact_in(tensors, torch.float16, 2.0, dy, {})["out_scale"]
     expected = exact(tensors, 2.0, dy)["out_scale"]
     allowed = 3 * error(plain, expected) + torch.finfo(torch.float16).eps
-    assert error(got, expected) <= allowed
+    assert error(got, expected) <= allowed and error(again, expected) <= allowed
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

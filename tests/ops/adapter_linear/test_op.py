@@ -15,7 +15,7 @@ from fastlora.ops.dropout import draw_seed, keep_scale, philox_keep
 from tests.ops.adapter_linear.cases import NAMES, VECTORS, error, exact, operands, vectors
 
 
-def saved_bytes(dropout_p=0.0, drop_base=False, **tensors):
+def saved_bytes(dropout_p=0.0, drop_base=False, keep_output=True, **tensors):
     """Bytes kept for backward by one call, the parameters' own storages not counted."""
     parameters = {
         t.untyped_storage().data_ptr() for n, t in tensors.items() if n != "x" and t is not None
@@ -30,7 +30,12 @@ def saved_bytes(dropout_p=0.0, drop_base=False, **tensors):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = adapter_linear(
-            scaling=2.0, dropout_p=dropout_p, drop_base=drop_base, backend="eager", **tensors
+            scaling=2.0,
+            dropout_p=dropout_p,
+            drop_base=drop_base,
+            keep_output=keep_output,
+            backend="eager",
+            **tensors,
         )
     assert y.requires_grad
     return sum(kept.values())
@@ -88,6 +93,27 @@ def test_with_vectors_only_what_the_gradients_need_is_saved(
     tensors = {n: t.requires_grad_(n in trained) for n, t in tensors.items()}
     seed = 8 if p else 0
     assert saved_bytes(p, drop_base, **tensors) == 50 * floats_per_token * 4 + seed
+
+
+@pytest.mark.parametrize(
+    "trained, p, drop_base, floats_per_token",
+    [
+        ({"x", "lora_A", "lora_B", "out_scale"}, 0.0, False, X + T),  # DoRA: what LoRA keeps
+        ({"x", "lora_A", "lora_B", "bias", "out_scale"}, 0.3, False, X + T),
+        ({"out_scale"}, 0.0, True, X + T),  # drop_base means nothing here
+        # no effect: drop_base acts; or out_scale is not trained
+        ({"x", "lora_A", "lora_B", "out_scale"}, 0.3, True, X + T + Y),
+        ({"out_scale"}, 0.3, True, Y),
+        ({"lora_A", "lora_B"}, 0.0, False, X + T),
+        ({"x"}, 0.0, False, 0),
+    ],
+)
+def test_no_output_is_saved_that_is_not_to_be_kept(trained, p, drop_base, floats_per_token):
+    tensors = operands((50,))
+    tensors |= vectors(tensors, ("out_scale",))
+    tensors = {n: t.requires_grad_(n in trained) for n, t in tensors.items()}
+    kept = saved_bytes(p, drop_base, keep_output=False, **tensors)
+    assert kept == 50 * floats_per_token * 4 + (8 if p else 0)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -278,6 +304,21 @@ def test_an_output_changed_in_place_is_noticed_where_it_is_needed(leading):
             y.sum().backward()
 
 
+@pytest.mark.parametrize("leading", [(5,), (2, 3), ()])
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_an_output_that_is_not_kept_may_be_changed_in_place(leading, backend):
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    t = operands(leading)
+    t = {n: v.to(device) for n, v in (t | vectors(t, zeros=True)).items()}
+    leaves = {n: v.detach().requires_grad_() for n, v in t.items()}
+    y = adapter_linear(scaling=2.0, keep_output=False, backend=backend, **leaves)
+    y.mul_(2)
+    y.sum().backward()
+    expected = exact(t, 2.0, 2 * torch.ones_like(y))
+    for name, leaf in leaves.items():
+        assert error(leaf.grad, expected[name]) <= 1e-5, name
+
+
 def test_a_saved_output_is_freed_without_the_garbage_collector():
     """y is kept by its own node: no circle of references may hold it."""
     t = operands((5,))
@@ -295,7 +336,8 @@ def test_a_saved_output_is_freed_without_the_garbage_collector():
 
 @pytest.mark.parametrize("p, drop_base", [(0.0, False), (0.4, False), (0.4, True)])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_with_vectors(reentrant, p, drop_base):
+@pytest.mark.parametrize("keep_output", [True, False])
+def test_checkpointing_with_vectors(reentrant, p, drop_base, keep_output):
     def run(wrap):
         t = operands((30,))
         t = {n: v.requires_grad_() for n, v in (t | vectors(t, zeros=True)).items()}
@@ -303,7 +345,8 @@ def test_checkpointing_with_vectors(reentrant, p, drop_base):
         others = {n: v for n, v in t.items() if n != "x"}
 
         def call(x):
-            return adapter_linear(x, scaling=2.0, dropout_p=p, drop_base=drop_base, **others)
+            switches = {"drop_base": drop_base, "keep_output": keep_output}
+            return adapter_linear(x, scaling=2.0, dropout_p=p, **switches, **others)
 
         y = checkpoint(call, t["x"], use_reentrant=reentrant) if wrap else call(t["x"])
         y.square().sum().backward()
@@ -347,7 +390,8 @@ def test_a_vector_of_ones_changes_nothing(vector):
 
 
 @pytest.mark.parametrize("p, drop_base", [(0.0, False), (0.3, False), (0.3, True)])
-def test_the_kernels_give_every_gradient_with_vectors(p, drop_base):
+@pytest.mark.parametrize("keep_output", [True, False])
+def test_the_kernels_give_every_gradient_with_vectors(p, drop_base, keep_output):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tensors = operands((2, 3))
     tensors |= vectors(tensors, zeros=True)
@@ -362,9 +406,8 @@ def test_the_kernels_give_every_gradient_with_vectors(p, drop_base):
     for wanted in (set(tensors), set(VECTORS), {"out_scale"}, {"x", "mid_scale"}, {"lora_A"}):
         leaves = {n: v.detach().requires_grad_(n in wanted) for n, v in tensors.items()}
         torch.manual_seed(3)
-        y = adapter_linear(
-            scaling=2.0, dropout_p=p, drop_base=drop_base, backend="triton", **leaves
-        )
+        switches = {"drop_base": drop_base, "keep_output": keep_output}
+        y = adapter_linear(scaling=2.0, dropout_p=p, backend="triton", **switches, **leaves)
         assert error(y.detach(), expected["y"]) <= 1e-5
         y.backward(dy)
         for name, leaf in leaves.items():
@@ -443,8 +486,10 @@ def test_a_compiled_call_saves_no_more_than_an_eager_one(trained):
         assert error(tensors[name].grad, expected[name]) <= 1e-5
 
 
-@pytest.mark.parametrize("p, drop_base", [(0.0, False), (0.2, True)])
-def test_it_compiles_whole_with_vectors(p, drop_base):
+@pytest.mark.parametrize(
+    "p, drop_base, keep_output", [(0.0, False, True), (0.0, False, False), (0.2, True, True)]
+)
+def test_it_compiles_whole_with_vectors(p, drop_base, keep_output):
     t = operands((6,), k=16, n=12)
     t |= vectors(t, zeros=True)
     counted = []
@@ -458,7 +503,8 @@ def test_it_compiles_whole_with_vectors(p, drop_base):
 
     def call(x, *others):
         named = dict(zip(names, others, strict=True))
-        return adapter_linear(x, scaling=2.0, dropout_p=p, drop_base=drop_base, **named) * 2
+        switches = {"drop_base": drop_base, "keep_output": keep_output}
+        return adapter_linear(x, scaling=2.0, dropout_p=p, **switches, **named) * 2
 
     compiled = torch.compile(call, backend=backend, fullgraph=True, dynamic=True)
     for rows in (6, 9, 33):
@@ -474,6 +520,34 @@ def test_it_compiles_whole_with_vectors(p, drop_base):
                 assert error(leaves[name].grad, value) <= 1e-5, name
         assert all(torch.isfinite(leaf.grad).all() for leaf in leaves.values())
     assert len(counted) == 1
+
+
+@pytest.mark.parametrize("p, drop_base", [(0.0, False), (0.3, False), (0.3, True)])
+@pytest.mark.parametrize("keep_output", [True, False])
+def test_a_compiled_call_keeps_its_output_where_an_eager_one_does(p, drop_base, keep_output):
+    torch._dynamo.reset()
+    t = operands((50,))
+    t |= vectors(t, ("out_scale",), zeros=True)
+    tensors = {n: v.requires_grad_(n not in ("weight", "bias")) for n, v in t.items()}
+    shapes = []
+
+    def pack(tensor):
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    switches = {"drop_base": drop_base, "keep_output": keep_output}
+    compiled = torch.compile(
+        lambda t: adapter_linear(scaling=2.0, dropout_p=p, **switches, **t),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        compiled(tensors).sum().backward()
+    assert ((50, 20) in shapes) == (keep_output or drop_base)
+    if p == 0.0:
+        expected = exact(t, 2.0, torch.ones(50, 20))
+        for name in ("x", "lora_A", "lora_B", "out_scale"):
+            assert error(tensors[name].grad, expected[name]) <= 1e-5, name
 
 
 def change(**changes):
@@ -596,7 +670,8 @@ def test_the_registered_operators_pass_torchs_own_checks(p, needed):
         (("out_scale",), (0, 2, 3, 5), 0.0, False),
     ],
 )
-def test_the_registered_operators_with_vectors(which, needed, p, drop_base):
+@pytest.mark.parametrize("keep_output", [True, False])
+def test_the_registered_operators_with_vectors(which, needed, p, drop_base, keep_output):
     from fastlora.ops.adapter_linear.registered import scaled_forward_op
 
     t = operands((2, 3))
@@ -606,5 +681,5 @@ def test_the_registered_operators_with_vectors(which, needed, p, drop_base):
         v if v is None else v.detach().requires_grad_(i in needed) for i, v in enumerate(inputs)
     ]
     seed = draw_seed("cpu") if p else None
-    arguments = (*inputs, 2.0, p, seed, drop_base, drop_base and 5 in needed, "eager")
-    torch.library.opcheck(scaled_forward_op, arguments)
+    switches = (drop_base, drop_base and 5 in needed, keep_output)
+    torch.library.opcheck(scaled_forward_op, (*inputs, 2.0, p, seed, *switches, "eager"))

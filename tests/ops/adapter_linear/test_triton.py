@@ -397,7 +397,7 @@ def scaled_formula(inputs, g, dy, p, seed, drop_base, dtype):
 
 def check_scaled(
     M, N, K, r, dtype, p, drop_base, needs, need_g, algorithm, scale_dtype=None,
-    layouts=("rows",) * 5, data=0, bias=True, hidden=0.3, bias_size=1.0,
+    layouts=("rows",) * 5, data=0, bias=True, hidden=0.3, bias_size=1.0, keep_output=True,
 ):  # fmt: skip
     """As ``check``, with an out_scale; ``hidden`` is the share of it that is zero."""
     inputs, dy = operands(M, N, K, r, dtype, data)
@@ -412,6 +412,7 @@ def check_scaled(
     dy = laid_out(dy, layouts[4])
     own_bias = inputs[4] if bias else None
     whole = need_g and not drop_base
+    reads_y = whole and keep_output
     with (
         mock.patch.object(torch, "empty", poisoned_empty),
         mock.patch.object(torch, "empty_like", partial(poisoned_empty, make=torch.empty_like)),
@@ -435,8 +436,9 @@ def check_scaled(
             needs,
             out_scale=g,
             drop_base=drop_base,
-            bias=own_bias if whole else None,
-            read=(z if drop_base else y) if need_g else None,
+            bias=own_bias if reads_y else None,
+            read=y if reads_y else z,
+            need_out_scale=need_g,
         )
     if not bias:
         inputs = (*inputs[:4], torch.zeros_like(inputs[4]))
@@ -473,6 +475,7 @@ def check_scaled(
     data=st.integers(0, 1000),
     bias=st.booleans(),
     hidden=st.sampled_from((0.0, 0.1, 1.0)),
+    keep_output=st.booleans(),
 )
 def test_any_call_with_an_out_scale_agrees_with_the_formula(**call):
     check_scaled(**call)
@@ -481,25 +484,33 @@ def test_any_call_with_an_out_scale_agrees_with_the_formula(**call):
 @pytest.mark.parametrize("algorithm", tiles.ALGORITHMS)
 @pytest.mark.parametrize("dtype", (torch.float32, *HALVES))
 @pytest.mark.parametrize("p, drop_base", [(0.0, False), (0.25, False), (0.25, True)])
-def test_every_gradient_at_once_with_an_out_scale(algorithm, dtype, p, drop_base):
-    check_scaled(37, 45, 70, 12, dtype, p, drop_base, ALL, True, algorithm)
+@pytest.mark.parametrize("keep_output", [True, False])
+def test_every_gradient_at_once_with_an_out_scale(algorithm, dtype, p, drop_base, keep_output):
+    check_scaled(37, 45, 70, 12, dtype, p, drop_base, ALL, True, algorithm, keep_output=keep_output)
 
 
 @pytest.mark.parametrize("M, bias_size", [(70, 0.05), (70, 30.0), (3, 30.0)])
 @pytest.mark.parametrize("dtype", (torch.float32, *HALVES))
-def test_a_bias_that_hides_what_out_scale_multiplied(M, bias_size, dtype):
+@pytest.mark.parametrize("keep_output", [True, False])
+def test_a_bias_that_hides_what_out_scale_multiplied(M, bias_size, dtype, keep_output):
     """Where y rounded no longer shows it, the kernel computes it again."""
     check_scaled(
-        M, 45, 40, 100, dtype, 0.0, False, ALL, True, "fused", hidden=0.0, bias_size=bias_size
-    )
+        M, 45, 40, 100, dtype, 0.0, False, ALL, True, "fused",
+        hidden=0.0, bias_size=bias_size, keep_output=keep_output,
+    )  # fmt: skip
 
 
-def test_an_out_scale_over_several_chunks_and_rank_tiles():
+@pytest.mark.parametrize("keep_output", [True, False])
+def test_an_out_scale_over_several_chunks_and_rank_tiles(keep_output):
     M, N, K = (130, 150, 200) if DEVICE == "cpu" else (4100, 1030, 4104)
-    check_scaled(M, N, K, 40, torch.float32, 0.0, False, ALL, True, "fused", hidden=0.02)
+    check_scaled(
+        M, N, K, 40, torch.float32, 0.0, False, ALL, True, "fused",
+        hidden=0.02, keep_output=keep_output,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("M, N, K", [(0, 5, 7), (3, 0, 7), (3, 5, 0)])
 @pytest.mark.parametrize("p, drop_base", [(0.0, False), (0.1, True)])
-def test_empty_with_an_out_scale(M, N, K, p, drop_base):
-    check_scaled(M, N, K, 4, torch.float32, p, drop_base, ALL, True, "fused")
+@pytest.mark.parametrize("keep", [True, False])
+def test_empty_with_an_out_scale(M, N, K, p, drop_base, keep):
+    check_scaled(M, N, K, 4, torch.float32, p, drop_base, ALL, True, "fused", keep_output=keep)
