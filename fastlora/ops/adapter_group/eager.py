@@ -76,7 +76,7 @@ def _down(x: Tensor, slots: Sequence[Slot], need_t: Sequence[bool], linear: Line
     if plain:
         own = [slots[index] for index in plain]
         t = linear(x, stacked(own), None)
-        views = t.split([slot.rank for slot in own], 1)
+        views = t.split_with_sizes([slot.rank for slot in own], 1)
         scaling = common_scaling(own)
         if scaling is not None:
             t.mul_(scaling)
@@ -97,6 +97,8 @@ def kept(
     ts: Sequence[Tensor], slots: Sequence[Slot], need_t: Sequence[bool]
 ) -> list[Tensor | None]:
     """Those of ``ts`` that are needed; copied if else they would hold memory of others."""
+    if all(need_t):
+        return list(ts)
     plain = {need_t[index] for index, slot in enumerate(slots) if slot.seed is None}
     return [
         None if not need else t.clone() if slot.seed is None and len(plain) == 2 else t
@@ -128,7 +130,7 @@ def backward(
     own_slots = [slots[index] for index in plain]
     ranks = [slot.rank for slot in own_slots]
     h = torch.empty((dys[0].shape[0], sum(ranks)), dtype=dys[0].dtype, device=dys[0].device)
-    columns = dict(zip(plain, h.split(ranks, 1) if plain else (), strict=True))
+    columns = dict(zip(plain, h.split_with_sizes(ranks, 1) if plain else (), strict=True))
     dx: Tensor | None = None
     dAs: list[Tensor | None] = [None] * len(slots)
     gradients: list[Gradients] = []
@@ -168,7 +170,7 @@ def backward(
         assert x is not None
         own_ranks = [slots[index].rank for index in trained]
         dA = eager.reduce(linear, h[:, : sum(own_ranks)], x)
-        for index, rows in zip(trained, dA.split(own_ranks), strict=True):
+        for index, rows in zip(trained, dA.split_with_sizes(own_ranks), strict=True):
             dAs[index] = rows
     return dx, dAs, gradients
 

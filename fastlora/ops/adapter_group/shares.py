@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora.ops.adapter_group.contract import Slot
+from fastlora.ops.adapter_group.contract import Member, Slot
 
 
 class Shares(NamedTuple):
@@ -20,12 +20,10 @@ class Shares(NamedTuple):
 
 
 def share(
-    lora_As: Sequence[Tensor],
-    dtype: torch.dtype,
+    members: Sequence[Member],
     trained: Sequence[bool],
-    scalings: Sequence[float],
-    dropouts: Sequence[float],
     seeds: Sequence[Tensor | None],
+    dtype: torch.dtype,
 ) -> Shares:
     """A slot for every distinct lora_A, and one for every member with a seed: its mask is its own.
 
@@ -34,28 +32,26 @@ def share(
     slots: list[Slot] = []
     slot_of: list[int] = []
     known: dict[Any, int] = {}
-    for lora_A, trains, scaling, p, seed in zip(
-        lora_As, trained, scalings, dropouts, seeds, strict=True
-    ):
+    for member, trains, seed in zip(members, trained, seeds, strict=True):
+        lora_A, scaling = member.lora_A, float(member.scaling)
         key = None if seed is not None else _identity(lora_A, trains)
-        slot = known.get(key) if key is not None else None
-        if slot is None:
+        slot = known.get(key)
+        if key is None or slot is None:
             slot = len(slots)
-            slots.append(
-                Slot(
-                    lora_A.to(dtype), lora_A.shape[0], scaling, p if seed is not None else 0.0, seed
-                )
-            )
-            if key is not None:
-                known[key] = slot
+            p = 0.0 if seed is None else member.dropout_p
+            slots.append(Slot(to(lora_A, dtype), lora_A.shape[0], scaling, p, seed))
+            known[key] = slot
         elif slots[slot].scaling != scaling:
             slots[slot] = slots[slot]._replace(scaling=1.0)
         slot_of.append(slot)
-    factors = [
-        1.0 if slots[slot].scaling == scaling else scaling / slots[slot].scaling
-        for slot, scaling in zip(slot_of, scalings, strict=True)
-    ]
+    scalings = [(slots[slot].scaling, m.scaling) for slot, m in zip(slot_of, members, strict=True)]
+    factors = [1.0 if common == own else own / common for common, own in scalings]
     return Shares(slots, slot_of, factors)
+
+
+def to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, without a call into torch where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _identity(lora_A: Tensor, trains: bool) -> Any:
