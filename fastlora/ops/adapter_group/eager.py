@@ -6,8 +6,7 @@ another GEMM library can be put under the same code (see onednn.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,16 +26,12 @@ from fastlora.ops.dropout import drop, keep_scale, stream_noise
 draw_seed = eager.draw_seed
 
 
-class Onto(Protocol):
-    def __call__(
-        self, out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, fresh: bool = False
-    ) -> None:
-        """out [m, n] += alpha · a [m, k] b [n, k]ᵀ; ``fresh``: out holds nothing yet."""
+Onto = Callable[[Tensor, Tensor, Tensor], object]
 
 
-def aten_onto(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, fresh: bool = False) -> None:
-    """out [m, n] += alpha · a [m, k] b [n, k]ᵀ; ``fresh``: out holds nothing yet."""
-    out.addmm_(a, b.t(), beta=0.0 if fresh else 1.0, alpha=alpha)
+def aten_onto(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out [m, n] += a [m, k] · b [n, k]ᵀ."""
+    out.addmm_(a, b.t())
 
 
 def forward(
@@ -50,12 +45,10 @@ def forward(
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """(y [M, N] of every part, t [M, r] of every slot, None unless ``need_t``), in x's dtype."""
     ys: list[Tensor] = []
-    ts: list[Tensor] = []
+    ts = _down(x, slots, need_t, linear)
     for part in parts:
         assert part.weight is not None and part.lora_B is not None
         y = linear(x, part.weight, part.bias if part.out_scale is None else None)
-        if not ts:  # not before the first product, which has brought x into the cache
-            ts = _down(x, slots, need_t, linear)
         onto(y, ts[part.slot], part.lora_B)
         if part.out_scale is not None:
             eager.scale_columns(y, part.out_scale, part.bias)
@@ -126,71 +119,66 @@ def backward(
     part's. dA, dC, dbias and dout_scale may come in float32.
     """
     want_h = [need_x or need for need in need_A]
-    plain = together(slots, want_h, need_A)
-    own_slots = [slots[index] for index in plain]
-    ranks = [slot.rank for slot in own_slots]
-    h = torch.empty((dys[0].shape[0], sum(ranks)), dtype=dys[0].dtype, device=dys[0].device)
-    columns = dict(zip(plain, h.split_with_sizes(ranks, 1) if plain else (), strict=True))
+    hs: dict[int, Tensor] = {}
     dx: Tensor | None = None
     dAs: list[Tensor | None] = [None] * len(slots)
     gradients: list[Gradients] = []
-    begun: set[int] = set()
     for dy, part, need in zip(dys, parts, needs, strict=True):
-        slot, t = slots[part.slot], ts[part.slot]
+        number, slot = part.slot, slots[part.slot]
+        wanted = want_h[number]
         own = dy
-        if part.out_scale is not None and (want_h[part.slot] or need.weight or need.lora_B):
+        if part.out_scale is not None and (wanted or need.weight or need.lora_B):
             own = eager.times(dy, part.out_scale)
-        # dx first, as the base layer alone would: after it dy is in the cache
-        if need_x:
+        if wanted:
+            assert part.lora_B is not None
+            h = linear(own, part.lora_B.t(), None)
+            hs[number] = hs[number].add_(h) if number in hs else h
+        gradients.append(_of_part(dy, own, x, part, ts[number], need, linear))
+        if need_x:  # after the narrow products, which stream dy into the cache
             assert part.weight is not None
             if dx is None:
                 dx = linear(own, part.weight.t(), None)
             else:
                 onto(dx, own, part.weight.t())
-        if want_h[part.slot]:
-            assert part.lora_B is not None
-            if slot.seed is None:
-                fresh = part.slot not in begun
-                begun.add(part.slot)
-                onto(columns[part.slot], own, part.lora_B.t(), slot.scaling, fresh)
-            else:
-                dAs[part.slot] = _past_dropout(
-                    own, x, slot, part.lora_B, dx, need_A[part.slot], linear
-                )
-        dC = None
-        if need.lora_B:
-            assert t is not None
-            dC = eager.reduce(linear, t, own).t()
-        gradients.append(_rest(dy, own, x, part, t, need, dC, linear))
-    if need_x and plain:
-        assert dx is not None
-        onto(dx, h, stacked(own_slots).t())
-    trained = [index for index in plain if need_A[index]]
-    if trained:
-        assert x is not None
-        own_ranks = [slots[index].rank for index in trained]
-        dA = eager.reduce(linear, h[:, : sum(own_ranks)], x)
-        for index, rows in zip(trained, dA.split_with_sizes(own_ranks), strict=True):
-            dAs[index] = rows
+        if wanted and slot.seed is not None:
+            dAs[number] = _past_dropout(hs[number], x, slot, dx, need_A[number], linear)
+    plain = together(slots, want_h, need_A)
+    if plain:
+        h = _beside(hs, slots, plain)
+        if need_x:
+            assert dx is not None
+            onto(dx, h, stacked([slots[index] for index in plain]).t())
+        trained = [index for index in plain if need_A[index]]
+        if trained:
+            assert x is not None
+            ranks = [slots[index].rank for index in trained]
+            dA = eager.reduce(linear, h[:, : sum(ranks)], x)
+            for index, rows in zip(trained, dA.split_with_sizes(ranks), strict=True):
+                dAs[index] = rows
     return dx, dAs, gradients
 
 
+def _beside(hs: dict[int, Tensor], slots: Sequence[Slot], which: Sequence[int]) -> Tensor:
+    """Their scaling · dY C as one [M, Σ r]."""
+    scaling = common_scaling([slots[index] for index in which])
+    if scaling is None:
+        for index in which:
+            hs[index].mul_(slots[index].scaling)
+        scaling = 1.0
+    matrices = [hs[index] for index in which]
+    h = matrices[0] if len(matrices) == 1 else torch.cat(matrices, 1)
+    return h if scaling == 1.0 else h.mul_(scaling)
+
+
 def _past_dropout(
-    dy: Tensor,
-    x: Tensor | None,
-    slot: Slot,
-    lora_B: Tensor,
-    dx: Tensor | None,
-    need_A: bool,
-    linear: Linear,
+    h: Tensor, x: Tensor | None, slot: Slot, dx: Tensor | None, need_A: bool, linear: Linear
 ) -> Tensor | None:
     """dA of a slot that drops, if needed; its share of dx is added where there is a dx."""
     p = slot.dropout_p
-    assert slot.seed is not None
     wide = slot.lora_A if x is None else x
-    assert wide is not None
-    h = linear(dy, lora_B.t(), None).mul_(slot.scaling * keep_scale(p))
-    noise = stream_noise((dy.shape[0], wide.shape[1]), slot.seed, dy.device)
+    assert slot.seed is not None and wide is not None
+    h.mul_(slot.scaling * keep_scale(p))
+    noise = stream_noise((h.shape[0], wide.shape[1]), slot.seed, h.device)
     dA = None
     if need_A:
         assert x is not None
@@ -201,18 +189,20 @@ def _past_dropout(
     return dA
 
 
-def _rest(
+def _of_part(
     dy: Tensor,
     own: Tensor,
     x: Tensor | None,
     part: Part,
     t: Tensor | None,
     need: Needs,
-    dC: Tensor | None,
     linear: Linear,
 ) -> Gradients:
-    """dC and what else one part is asked for; own is dy ∘ g."""
-    dweight = dbias = dg = None
+    """Those of one part but dA; own is dy ∘ g."""
+    dC = dweight = dbias = dg = None
+    if need.lora_B:
+        assert t is not None
+        dC = eager.reduce(linear, t, own).t()
     if need.weight:
         assert x is not None
         dweight = linear(own.t(), x.t(), None)

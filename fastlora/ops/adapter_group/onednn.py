@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from fastlora.ops.adapter_group import eager
@@ -15,14 +14,12 @@ _NARROW = 64
 draw_seed = eager.draw_seed
 
 
-def onto(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, fresh: bool = False) -> None:
-    """out [m, n] += alpha · a [m, k] b [n, k]ᵀ; ``fresh``: out holds nothing yet."""
-    if min(a.shape[1], *out.shape) <= _NARROW:
-        eager.aten_onto(out, a, b, alpha, fresh)
-    elif fresh:
-        torch.mul(linear(a, b), alpha, out=out)
+def onto(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out [m, n] += a [m, k] · b [n, k]ᵀ, float32, on the CPU."""
+    if a.shape[1] <= _NARROW:
+        out.addmm_(a, b.t())  # in place, where oneDNN's linear cannot be
     else:
-        out.add_(linear(a, b), alpha=alpha)
+        out.add_(linear(a, b))
 
 
 forward = partial(eager.forward, linear=linear, onto=onto)
