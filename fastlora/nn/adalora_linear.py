@@ -102,10 +102,7 @@ class AdaLoRALinear(AdaptedLinear):
         return f"AdaLoRA, r={self.r} of {self.init_r}, scaling={self.scaling:g}"
 
     def _facts(self) -> dict[str, Any]:
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "bias": self.bias is not None,
+        return super()._facts() | {
             "r": self.r,
             "init_r": self.init_r,
             "lora_alpha": self.lora_alpha,

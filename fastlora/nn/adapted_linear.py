@@ -69,6 +69,13 @@ class AdaptedLinear(AdaptedLayer):
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+        }
+
     def _delta(self, dtype: torch.dtype) -> Tensor:
         member = self.operands(dropout=False)
         if member is None:

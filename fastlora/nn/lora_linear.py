@@ -146,12 +146,7 @@ class LoRALinear(AdaptedLinear):
         return None if self.lora_B.bias is None else self.operands(dropout=False).bias
 
     def _facts(self) -> dict[str, Any]:
-        facts = {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "bias": self.bias is not None,
-        }
-        return facts | lora_facts(self)
+        return super()._facts() | lora_facts(self)
 
 
 def bias_with(bias: Tensor | None, lora_bias: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:

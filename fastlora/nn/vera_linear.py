@@ -168,10 +168,7 @@ class VeRALinear(AdaptedLinear):
         return f"VeRA, r={self.r}"
 
     def _facts(self) -> dict[str, Any]:
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "bias": self.bias is not None,
+        return super()._facts() | {
             "r": self.r,
             "vera_dropout": self.vera_dropout,
         }

@@ -40,7 +40,8 @@ def adapter_group(
 
     Only what the gradients asked for need is kept, by the rules of ``adapter_linear``. An output
     that is not used costs nothing in backward and leaves its member without gradients, as a layer
-    that is not used would be. No second derivative.
+    that is not used would be. The outputs are one node of the graph: to go backward through one
+    after the other takes ``retain_graph=True``. No second derivative.
 
     The members run one by one through ``adapter_linear``, with the same results, under
     torch.compile, torch.func's transforms, forward-mode derivatives and torch.jit.trace, for nested
