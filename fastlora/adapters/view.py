@@ -20,8 +20,9 @@ class AdapterLayer:
     """A layer and one adapter on it; tensors are the live parameters.
 
     Attributes:
-        name: the module's path in the plain model (peft's wrapping left out), so that the same
-            layer has the same name in both worlds.
+        name: the module's path in the plain model (peft's prefix left out), so that the same
+            layer has the same name in both worlds. Inside a module that peft wraps whole, as
+            ``nn.MultiheadAttention``, the path keeps peft's ``base_layer``.
         module, adapter: the layer, and the adapter's name.
         method: peft's name of the kind of adapter: "LORA" (rsLoRA, DoRA and LoRA-FA too),
             "ADALORA" or "VERA".

@@ -129,6 +129,30 @@ def mkl_is_as_fast(at: Situation) -> str | None:
     return None
 
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def usual(
+    folder: str, onednn_dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+) -> tuple[Backend, ...]:
+    """An operation's three ways, modules of its ``folder``, in order of preference."""
+    return (
+        Backend(
+            "triton",
+            f"{folder}.triton",
+            refuses=(only_devices("cuda", "cpu"), only_dtypes(*FLOATS), needs_triton),
+            leaves=(interpreter_is_for_tests,),
+        ),
+        Backend(
+            "onednn",
+            f"{folder}.onednn",
+            refuses=(only_devices("cpu"), only_dtypes(*onednn_dtypes), needs_onednn),
+            leaves=(mkl_is_as_fast,),
+        ),
+        Backend("eager", f"{folder}.eager", refuses=(only_dtypes(*FLOATS, torch.float64),)),
+    )
+
+
 # --- choosing ----------------------------------------------------------------------------------
 
 

@@ -83,7 +83,7 @@ def test_values_and_gradients_are_pefts(tiny_llama, which, method, dtype, tolera
         assert grad is not None and grad.abs().max() > 0, key
         scale = max(float(grad.abs().max()), 1e-3)
         error = float((tensor.grad - grad).abs().max()) / scale
-        assert error <= 10 * tolerance, (key, error)
+        assert error <= tolerance, (key, error)
     trainable = {id(p) for p in mine.parameters() if p.requires_grad}
     assert trainable == {id(t) for t in found.values()}
 

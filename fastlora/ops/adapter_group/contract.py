@@ -5,40 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastlora.ops import backend
 
-_HERE = "fastlora.ops.adapter_group"
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
 # Each module has ``draw_seed``, ``forward`` and ``backward`` with the signatures of eager.py.
-BACKENDS = (
-    backend.Backend(
-        "triton",
-        f"{_HERE}.triton",
-        refuses=(
-            backend.only_devices("cuda", "cpu"),
-            backend.only_dtypes(*_FLOATS),
-            backend.needs_triton,
-        ),
-        leaves=(backend.interpreter_is_for_tests,),
-    ),
-    backend.Backend(
-        "onednn",
-        f"{_HERE}.onednn",
-        refuses=(
-            backend.only_devices("cpu"),
-            backend.only_dtypes(torch.float32),
-            backend.needs_onednn,
-        ),
-        leaves=(backend.mkl_is_as_fast,),
-    ),
-    backend.Backend(
-        "eager", f"{_HERE}.eager", refuses=(backend.only_dtypes(*_FLOATS, torch.float64),)
-    ),
-)
+BACKENDS = backend.usual("fastlora.ops.adapter_group")
 
 
 class Member(NamedTuple):

@@ -6,9 +6,6 @@ import torch
 
 from fastlora.ops import backend
 
-_HERE = "fastlora.ops.weight_norm"
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
 # No norm returned is smaller, so that a magnitude divided by it stays finite: a zero row gives it.
 FLOOR = 1e-12
 
@@ -17,31 +14,7 @@ FLOOR = 1e-12
 CANCELLATION = 1 / 16
 
 # Each module has ``forward`` and ``backward`` with the signatures of eager.py.
-BACKENDS = (
-    backend.Backend(
-        "triton",
-        f"{_HERE}.triton",
-        refuses=(
-            backend.only_devices("cuda", "cpu"),
-            backend.only_dtypes(*_FLOATS),
-            backend.needs_triton,
-        ),
-        leaves=(backend.interpreter_is_for_tests,),
-    ),
-    backend.Backend(
-        "onednn",
-        f"{_HERE}.onednn",
-        refuses=(
-            backend.only_devices("cpu"),
-            backend.only_dtypes(*_FLOATS),
-            backend.needs_onednn,
-        ),
-        leaves=(backend.mkl_is_as_fast,),
-    ),
-    backend.Backend(
-        "eager", f"{_HERE}.eager", refuses=(backend.only_dtypes(*_FLOATS, torch.float64),)
-    ),
-)
+BACKENDS = backend.usual("fastlora.ops.weight_norm", onednn_dtypes=backend.FLOATS)
 
 
 def result_dtype(weight: torch.dtype) -> torch.dtype:
