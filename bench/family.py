@@ -20,6 +20,7 @@ import dataclasses
 import json
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +34,25 @@ from fastlora.cli.facts import devices, versions
 TOLERANCE = 1e-4  # relative to a gradient's largest element: fp32 sums in two libraries' orders
 
 
-def _recomputed(recipe: Recipe) -> LoRAConfig:
+def _dora(recipe: Recipe, keep: bool | list[str]) -> LoRAConfig:
     return LoRAConfig(
         r=recipe.r,
         lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
         use_dora=True,
-        dora_keep_output=False,
+        dora_keep_output=keep,
     )
 
 
 ALL: dict[str, Method] = METHODS | {
+    "dora_lean": dataclasses.replace(
+        METHODS["dora"],
+        title="DoRA, small outputs recomputed",
+        ours=partial(_dora, keep=["down_proj"]),
+    ),
     "dora_recomputed": dataclasses.replace(
-        METHODS["dora"], title="DoRA, output recomputed", ours=_recomputed
-    )
+        METHODS["dora"], title="DoRA, outputs recomputed", ours=partial(_dora, keep=False)
+    ),
 }
 
 
@@ -85,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--backend", choices=("onednn", "eager"))
+    parser.add_argument("--backend", choices=("native", "onednn", "eager"))
     parser.add_argument("--model", help="as for the demo")
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
     args = parser.parse_args(argv)

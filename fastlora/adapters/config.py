@@ -64,9 +64,11 @@ class LoRAConfig(AdapterConfig):
         dora_simple: with DoRA, hold the norm constant in backward (its §4.3; peft always does).
             False lets the gradient flow through it. It is no part of a saved adapter.
         dora_keep_output: with DoRA, keep each linear's output for the gradient of its magnitudes.
-            False computes it again in backward: less memory for one more base product. A gated
-            pair (gate and up) keeps its outputs anyway, for the gate. No effect under dropout, nor
-            on embeddings and convolutions. It is no part of a saved adapter.
+            False computes it again in backward: less memory for one more base product; a list of
+            module names (as ``target_modules``) does so for all others, so that ["down_proj"] costs
+            a llama the small products only. A gated pair (gate and up) and an attention's values
+            are kept by the model anyway. No effect under dropout, nor on embeddings and
+            convolutions. It is no part of a saved adapter.
         use_lora_fa: freeze A (arXiv 2308.03303), so that no layer keeps its input for backward;
             no part of a saved adapter, which is plain LoRA.
         lora_bias: give lora_B a bias. Not with DoRA; embeddings have none.
@@ -87,7 +89,7 @@ class LoRAConfig(AdapterConfig):
     use_rslora: bool = False
     use_dora: bool = False
     dora_simple: bool = True
-    dora_keep_output: bool = True
+    dora_keep_output: bool | list[str] = True
     use_lora_fa: bool = False
     lora_bias: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -102,8 +104,11 @@ class LoRAConfig(AdapterConfig):
             self.dora_simple,
             self.use_lora_fa,
             self.lora_bias,
-            self.dora_keep_output,
+            isinstance(self.dora_keep_output, list) or self.dora_keep_output,
         )
+        if isinstance(self.dora_keep_output, list):
+            _check_names("dora_keep_output", self.dora_keep_output)
+            check_variants(self.use_dora, True, False, False, dora_keep_output=False)
         for name, pattern in self.patterns().items():
             if not isinstance(pattern, dict):
                 raise ValueError(f"{name} must map expressions to numbers")
@@ -251,6 +256,11 @@ def _lookup(pattern: dict[str, Any], name: str, default: Any) -> Any:
 def pattern_matches(key: str, name: str) -> bool:
     """Whether the expression ``key`` matches the path ``name`` or its end at a dot, as in peft."""
     return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def names_module(entries: list[str], name: str) -> bool:
+    """Whether a list of module names means the one at this path, as in peft."""
+    return any(name == entry or name.endswith(f".{entry}") for entry in entries)
 
 
 def _check_names(option: str, value: Any) -> None:

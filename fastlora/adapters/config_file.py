@@ -19,8 +19,8 @@ from fastlora.adapters.config import (
     AdapterConfig,
     LoRAConfig,
     VeRAConfig,
+    names_module,
 )
-from fastlora.adapters.targets import names_module
 from fastlora.adapters.view import plain_modules
 from fastlora.nn import AdaLoRALinear, AdaptedLayer, VeRALinear
 

@@ -45,9 +45,11 @@ def find_groups(layers: Mapping[str, Layer]) -> list[dict[str, Layer]]:
     return groups
 
 
-def is_gated(path: str) -> bool:
-    """Whether the layer at ``path`` is, by its name, one whose output a gate keeps."""
-    return any(path.rpartition(".")[2] in family for family in GATED)
+def is_kept(path: str) -> bool:
+    """Whether the model keeps the output of the layer at ``path``, by its name: for the product of
+    a gate, or as the values of its attention. Queries and keys are mostly rotated first."""
+    name = path.rpartition(".")[2]
+    return any(name in pair for pair in GATED) or any(name == values for _, _, values in _ATTENTION)
 
 
 def partners(path: str, group: Iterable[str]) -> str:

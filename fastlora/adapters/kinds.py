@@ -6,8 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from fastlora.adapters.config import AdaLoRAConfig, AdapterConfig, LoRAConfig, VeRAConfig
-from fastlora.adapters.groups import is_gated
+from fastlora.adapters.config import (
+    AdaLoRAConfig,
+    AdapterConfig,
+    LoRAConfig,
+    VeRAConfig,
+    names_module,
+)
+from fastlora.adapters.groups import is_kept
 from fastlora.nn import (
     AdaLoRALinear,
     AdaptedLayer,
@@ -91,8 +97,11 @@ def _lora(config: LoRAConfig, name: str, module: nn.Module) -> AdaptedLayer:
     if isinstance(module, CONVOLUTIONS):
         return LoRAConv.from_conv(module, **options)
     assert isinstance(module, nn.Linear)
-    # a gate keeps its layers' outputs anyway: to compute them again would save nothing
-    keep = config.dora_keep_output or is_gated(name)
+    keep = config.dora_keep_output
+    if isinstance(keep, list):
+        keep = names_module(keep, name)
+    # what the model keeps anyway it would save nothing to compute again
+    keep = keep or is_kept(name)
     return LoRALinear.from_linear(module, **options, dora_keep_output=keep)
 
 

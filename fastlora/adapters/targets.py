@@ -8,7 +8,13 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fastlora.adapters.config import ALL_LINEAR, AdapterConfig, pattern_matches
+from fastlora.adapters.config import (
+    ALL_LINEAR,
+    AdapterConfig,
+    LoRAConfig,
+    names_module,
+    pattern_matches,
+)
 from fastlora.adapters.kinds import refusal
 from fastlora.adapters.report import Row
 
@@ -86,11 +92,6 @@ def _named(wanted: str | list[str] | None, name: str) -> set[str] | None:
     return {entry for entry in wanted if names_module([entry], name)}
 
 
-def names_module(entries: list[str], name: str) -> bool:
-    """Whether a list of targets means the module at this path, as in peft."""
-    return any(name == entry or name.endswith(f".{entry}") for entry in entries)
-
-
 def _refusal(model: nn.Module, config: AdapterConfig, name: str, module: nn.Module) -> str | None:
     if reason := refusal(config, name, module):
         return reason
@@ -106,6 +107,12 @@ def _output_embeddings(model: nn.Module) -> set[int]:
 
 
 def _check_patterns(config: AdapterConfig, names: list[str]) -> None:
+    if isinstance(config, LoRAConfig) and isinstance(config.dora_keep_output, list):
+        for entry in config.dora_keep_output:
+            if not any(names_module([entry], name) for name in names):
+                raise ValueError(
+                    f"dora_keep_output: '{entry}' names no adapted layer{_near([entry], names)}"
+                )
     for option, pattern in config.patterns().items():
         for key in pattern:
             if not any(pattern_matches(key, name) for name in names):

@@ -19,9 +19,7 @@ def _load() -> ModuleType | str:
     try:
         return importlib.import_module("fastlora._C")
     except ModuleNotFoundError:
-        return (
-            "fastlora was installed without its native core, for which it needs a C++17 compiler"
-        )
+        return "fastlora was installed without its native core, for which it needs a C++17 compiler"
     except ImportError as error:
         return f"fastlora's native core does not load: {error}"
 

@@ -227,14 +227,15 @@ def test_simple_and_full_dora_agree_in_all_but_the_factors():
         assert (grads[0][name] - grads[1][name]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_outputs_are_kept_where_asked_or_where_a_gate_keeps_them(tiny_llama, tmp_path, keep):
+@pytest.mark.parametrize("keep", [True, False, ["down_proj"], ["model.layers.0.self_attn.q_proj"]])
+def test_outputs_are_kept_where_asked_or_where_the_model_does(tiny_llama, tmp_path, keep):
     model, _, _ = make("llama", tiny_llama)
     fastlora.inject(model, LoRAConfig(r=4, use_dora=True, dora_keep_output=keep))
     linears = {n: m for n, m in model.named_modules() if isinstance(m, fastlora.nn.LoRALinear)}
     for name, layer in linears.items():
-        gated = name.endswith(("gate_proj", "up_proj"))
-        assert layer.operands(dropout=False).keep_output == (keep or gated), name
+        kept = name.endswith(("gate_proj", "up_proj", "v_proj"))
+        asked = any(name.endswith(entry) for entry in keep) if isinstance(keep, list) else keep
+        assert layer.operands(dropout=False).keep_output == (asked or kept), name
     x = torch.randn(30, 48, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(
@@ -244,7 +245,7 @@ def test_outputs_are_kept_where_asked_or_where_a_gate_keeps_them(tiny_llama, tmp
         layer.group = None
         layer(x)
     of_tokens = [shape for shape in kept if 30 in shape]
-    assert sorted(of_tokens) == [(30, 4), (30, 48)] + [(30, 48)] * keep
+    assert sorted(of_tokens) == [(30, 4), (30, 48)] + [(30, 48)] * (keep is True)
     fastlora.save_adapter(model, tmp_path)
     assert "dora_keep_output" not in (tmp_path / "adapter_config.json").read_text()
 
@@ -445,6 +446,15 @@ def test_a_rank_pattern_for_a_layer_that_is_not_there():
 # --- refusals ----------------------------------------------------------------------------------
 
 
+def test_a_name_to_keep_that_is_no_adapted_layer_is_refused(tiny_llama):
+    model, _, _ = make("llama", tiny_llama)
+    before = [name for name, _ in model.named_modules()]
+    config = LoRAConfig(r=4, use_dora=True, dora_keep_output=["down_prj"])
+    with pytest.raises(ValueError, match="'down_prj' names no adapted layer; did you mean down_pr"):
+        fastlora.inject(model, config)
+    assert [name for name, _ in model.named_modules()] == before
+
+
 @pytest.mark.parametrize(
     "kind, options, words",
     [
@@ -460,6 +470,8 @@ def test_a_rank_pattern_for_a_layer_that_is_not_there():
             {"use_dora": True, "dora_keep_output": 0},
             "dora_keep_output must be True or False",
         ),
+        (LoRAConfig, {"dora_keep_output": ["o_proj"]}, "set use_dora"),
+        (LoRAConfig, {"use_dora": True, "dora_keep_output": [1]}, "must be a list of module names"),
         (LoRAConfig, {"use_lora_fa": 1}, "use_lora_fa must be True or False"),
         (VeRAConfig, {"r": 0}, "r must be a whole number"),
         (VeRAConfig, {"vera_dropout": 1.0}, "vera_dropout must be in"),

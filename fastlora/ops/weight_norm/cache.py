@@ -87,9 +87,7 @@ class WeightNormCache:
         """Forgets everything; for writes that cannot be noticed (README)."""
         self._entry = None
 
-    def find(
-        self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
-    ) -> Found:
+    def find(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Found:
         """What is remembered for these tensors."""
         entry = self._entry
         if entry is None or not _ordinary(weight, lora_A, lora_B):
