@@ -2,5 +2,6 @@
 
 from fastlora.methods.adalora import orthogonal_regulariser
 from fastlora.methods.lora_fa import LoRAFA
+from fastlora.methods.lora_pro import LoRAPro
 
-__all__ = ["LoRAFA", "orthogonal_regulariser"]
+__all__ = ["LoRAFA", "LoRAPro", "orthogonal_regulariser"]
