@@ -48,6 +48,7 @@ ALL: dict[str, Method] = METHODS | {
         METHODS["dora"], title="DoRA, output recomputed", ours=_recomputed
     )
 }
+del ALL["lora_pro"]  # its forward and backward are LoRA's
 
 
 def largest_error(pair: dict[str, contest.Contestant], batch: torch.Tensor) -> float:
