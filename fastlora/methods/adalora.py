@@ -97,6 +97,9 @@ class AdaLoRA:
         self._total, self._final = sum(layer.r for layer in found), final
         self._forget()
         self.step, self._kept = 0, None
+        for layer in found:
+            if isinstance(layer.module, AdaLoRALinear):
+                layer.module.kept = None  # of an earlier allocation
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),

@@ -301,6 +301,9 @@ def test_what_grew_back_after_detaching_is_not_cut_silently(tmp_path):
     with pytest.raises(ValueError, match=r"cannot be saved.*no longer zero"):
         fastlora.save_adapter(mine, tmp_path / "after")
     assert not (tmp_path / "after").exists()
+    # a new allocation starts from all of them
+    AdaLoRA().attach(copied := copy.deepcopy(mine), adamw(copied))
+    fastlora.save_adapter(copied, tmp_path / "anew")
     # a whole adapter put into the layers is saved whole
     theirs.peft_config["default"].rank_pattern = None
     theirs.save_pretrained(tmp_path / "whole")
