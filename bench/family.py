@@ -54,6 +54,7 @@ ALL: dict[str, Method] = METHODS | {
         METHODS["dora"], title="DoRA, outputs recomputed", ours=partial(_dora, keep=False)
     ),
 }
+del ALL["lora_pro"]  # its forward and backward are LoRA's
 
 
 def largest_error(pair: dict[str, contest.Contestant], batch: torch.Tensor) -> float:

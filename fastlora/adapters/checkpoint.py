@@ -28,7 +28,7 @@ from fastlora.adapters.config_file import (
 from fastlora.adapters.inject import prepared
 from fastlora.adapters.report import Report, Row
 from fastlora.adapters.view import PEFT_PREFIX, is_peft_layer, our_layers, unwrap
-from fastlora.nn import AdaptedLayer, VeRALinear
+from fastlora.nn import AdaLoRALinear, AdaptedLayer, VeRALinear
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 
@@ -46,7 +46,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if not found:
         raise ValueError("the model has no fastlora adapter to save; peft saves its own")
     config = describe(model, found)
-    tensors = _places(found, config.get("save_projection", False))
+    tensors = _places(found, config.get("save_projection", False), saved=True)
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{key} holds non-finite values; nothing was written")
@@ -89,16 +89,25 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
         with torch.no_grad():
             for key, place in places.items():
                 place.copy_(tensors[key])
+    for _, layer in wanted:
+        if isinstance(layer, AdaLoRALinear):
+            layer.kept = None  # that was of the values before
     assert report is not None
     return report
 
 
-def _places(found: Iterable[tuple[str, AdaptedLayer]], projections: bool) -> dict[str, Tensor]:
-    """The tensors of an adapter by their keys in a file."""
+def _places(
+    found: Iterable[tuple[str, AdaptedLayer]], projections: bool, saved: bool = False
+) -> dict[str, Tensor]:
+    """The tensors of an adapter by their keys in a file, or what the file is to hold of them."""
     places: dict[str, Tensor] = {}
     for name, layer in found:
-        for part, parameter in layer.tensors().items():
-            places[f"{PEFT_PREFIX}{name}.{part}"] = parameter
+        try:
+            parts = layer.saved() if saved else layer.tensors()
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be saved: {error}") from error
+        for part, tensor in parts.items():
+            places[f"{PEFT_PREFIX}{name}.{part}"] = tensor
         if projections and isinstance(layer, VeRALinear):  # one for all of them
             places["base_model.vera_A"] = layer.projection.vera_A
             places["base_model.vera_B"] = layer.projection.vera_B

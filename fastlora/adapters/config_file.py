@@ -184,16 +184,16 @@ def _adalora(found: list[tuple[str, Any]]) -> dict[str, Any]:
     config = found[0][1].config or AdaLoRAConfig(total_step=1)
     seen = [settings(layer) for _, layer in found]
     schedule = ("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
-    cut = any(layer.r < layer.init_r for _, layer in found)
+    # what methods.AdaLoRA has masked for good is not saved
+    masks = {f"{name}.lora_E": list(layer.kept or layer.rank_mask) for name, layer in found}
+    cut = not all(all(mask) for mask in masks.values())
     return {
         **{name: getattr(config, name) for name in schedule},
         "total_step": config.total_step or config.tinit + config.tfinal + 1,
         "init_r": _same("init_r", seen),
         "lora_alpha": _same("lora_alpha", seen),
         "lora_dropout": _most_common(layer.lora_dropout for _, layer in found),
-        "rank_pattern": {f"{name}.lora_E": list(layer.rank_mask) for name, layer in found}
-        if cut
-        else None,
+        "rank_pattern": masks if cut else None,
         "init_lora_weights": True,
     }
 

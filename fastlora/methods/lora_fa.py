@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastlora.adapters.view import AdapterLayer, layers
+from fastlora.methods.hooks import refuse_closure
 
 _DAMPING = 1e-8
 
@@ -62,11 +63,7 @@ class LoRAFA:
     def _correct(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        # args are those of step, the optimizer itself first
-        if any(value is not None for value in (*args[1:], *kwargs.values())):
-            raise RuntimeError(
-                "LoRA-FA corrects gradients before the step, and a closure computes them in it"
-            )
+        refuse_closure("LoRA-FA", args, kwargs)
         for index, layer in enumerate(self._layers):
             gradient = layer.lora_B.grad
             if gradient is None:

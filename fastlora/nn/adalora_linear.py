@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastlora.nn.adapted import adapter_dtype_over
 from fastlora.nn.adapted_linear import AdaptedLinear, parameters_of
@@ -23,8 +23,12 @@ class AdaLoRALinear(AdaptedLinear):
     ``lora_A`` [r, K] and ``lora_B`` [N, r] start as N(0, 0.02²), ``lora_E`` [r, 1] at zero. c holds
     the *initial* rank whatever becomes of the rank (as in peft and the official code): a masked
     triplet has E = 0 and keeps its gradient. ``rank_mask`` tells which triplets are there at all;
-    ``r``, their number, may be 0. α ≤ 0 stands for init_r. Make one with ``from_linear``.
+    ``r``, their number, may be 0. ``kept`` tells which of a layer's with all its triplets
+    ``methods.AdaLoRA`` has left in the end: only these are saved. α ≤ 0 stands for init_r. Make one
+    with ``from_linear``.
     """
+
+    kept: tuple[bool, ...] | None = None
 
     def __init__(
         self,
@@ -97,6 +101,18 @@ class AdaLoRALinear(AdaptedLinear):
 
     def tensors(self) -> dict[str, nn.Parameter]:
         return {"lora_A": self.lora_A, "lora_E": self.lora_E, "lora_B": self.lora_B}
+
+    def saved(self) -> dict[str, Tensor]:
+        if self.kept is None:
+            return super().saved()
+        mask = torch.tensor(self.kept, device=self.lora_E.device)
+        if self.lora_E[~mask].any():
+            raise ValueError("a triplet that the allocation has masked is no longer zero")
+        return {
+            "lora_A": self.lora_A[mask],
+            "lora_E": self.lora_E[mask],
+            "lora_B": self.lora_B[:, mask],
+        }
 
     def summary(self) -> str:
         return f"AdaLoRA, r={self.r} of {self.init_r}, scaling={self.scaling:g}"

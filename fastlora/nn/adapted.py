@@ -58,6 +58,11 @@ class AdaptedLayer(nn.Module):
         """The adapter's own parameters by the ends of their keys in peft's files."""
         raise NotImplementedError
 
+    def saved(self) -> dict[str, Tensor]:
+        """``tensors`` as a file holds them. Raises ValueError where the file would not be the
+        layer's adapter."""
+        return dict(self.tensors())
+
     def plain(self) -> nn.Module:
         """A layer of the base's class around the weight and bias as they are now."""
         raise NotImplementedError

@@ -16,7 +16,7 @@ from fastlora.cli.errors import UserError, near
 from fastlora.ops.backend import NAMES as BACKEND_NAMES
 
 # those of methods.METHODS, which needs torch to be imported
-NAMES = ("lora", "rslora", "dora", "vera", "adalora", "lora_fa")
+NAMES = ("lora", "rslora", "dora", "vera", "adalora", "lora_fa", "lora_pro")
 
 DTYPES = ("float32", "bfloat16", "float16")
 SAMPLE_TOKENS = 40

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.adapters import AdaLoRAConfig, AdapterConfig, LoRAConfig, VeRAConfig
-from fastlora.methods import LoRAFA, orthogonal_regulariser
+from fastlora.methods import LoRAFA, LoRAPro, orthogonal_regulariser
 
 ALL_LINEAR: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -113,5 +114,11 @@ METHODS = {
         _PLAIN.theirs,
         # peft's own optimizer multiplies in bfloat16, so that losses would differ by its rounding
         around_steps=lambda model, optimizer: LoRAFA().attach(model, optimizer),
+    ),
+    # which peft does not have: on both sides it is ours, over peft's layers and over fastlora's
+    "lora_pro": dataclasses.replace(
+        _PLAIN,
+        title="LoRA-Pro",
+        around_steps=lambda model, optimizer: LoRAPro().attach(model, optimizer),
     ),
 }
