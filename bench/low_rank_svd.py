@@ -14,11 +14,11 @@ convergence there is). Rivals take turns in one process, each round in another o
 median with the fastest and the slowest round. torch.svd_lowrank is called in a loop, one matrix at
 a time, with the same q and niter.
 
-Before anything is timed, each decomposition of ours is checked: orthonormal to 1e-5, ``error`` right
-to 1 %, and the mean of ‖X - USVh‖ over the matrices and three random starts at most 1.001 times
-torch's, which is about how far torch's own mean moves from start to start; for a product, every
-singular value right to 1e-6 of the largest. Where one is not, nothing is timed and the exit status
-is 1. It is 1 too where a goal is missed: 3 times torch.svd_lowrank, 10 times the formed product.
+Before anything is timed, each decomposition of ours is checked: orthonormal to 1e-5, ``error``
+right to 1 %, and the mean of ‖X - USVh‖ over the matrices and three random starts no more than
+torch's; for a product, every singular value right to 1e-6 of the largest. Where one is not, nothing
+is timed and the exit status is 1. It is 1 too where a goal is missed: 3 times torch.svd_lowrank, 10
+times the formed product.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CASES = {"576": (8, 576, 1536, 32), "2048": (4, 2048, 2048, 64)}
 BLOCK = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
 BLOCKS, RANK = 30, 16
 STARTS = 3
-ORTHOGONAL, EQUAL, ESTIMATE, PRODUCT = 1e-5, 1.001, 0.01, 1e-6
+ORTHOGONAL, ESTIMATE, PRODUCT = 1e-5, 0.01, 1e-6
 GOALS = {"torch.svd_lowrank": 3.0, "formed product": 10.0}
 Ways = dict[str, Callable[[], object]]
 
@@ -100,7 +100,7 @@ def check_lowrank(x: Tensor, q: int, niter: int) -> tuple[float, float, list[str
         if not ((estimated / exact - 1).abs() <= ESTIMATE).all():
             wrong.append("error is not what is left")
     mine, yours = statistics.mean(ours), statistics.mean(theirs)
-    if not mine <= EQUAL * yours:
+    if not mine <= yours:
         wrong.append(f"error {mine:.6f}, torch's {yours:.6f}")
     return mine, yours, wrong
 

@@ -25,7 +25,7 @@ _NEARLY = 0.1
 # What is this many times above its shift in a Gram matrix is untouched by it and by rounding.
 _CLEAR = 64.0
 # The iteration's shift as a share of λ_b: the last one's, the one's before it, and so on in turn.
-_SHIFTS = (0.5, 0.25)
+_SHIFTS = (0.5, 0.4)
 
 
 class Products(NamedTuple):

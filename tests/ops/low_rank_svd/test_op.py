@@ -92,7 +92,7 @@ def test_rank_deficient(form, rank):
 
 
 def test_columns_that_are_exactly_dependent_take_the_householder_path(form, monkeypatch):
-    """Nothing but zeros lies beyond two elements: no rounding noise fills the missing directions."""
+    """Beyond two elements lie zeros: no rounding noise fills the missing directions."""
     x = torch.zeros(3, 60, 80)
     x[0] = matrix(60, 80, SPECTRA["power"])
     x[1, 0, 0], x[1, 1, 1] = 3.0, 2.0
