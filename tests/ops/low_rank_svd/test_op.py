@@ -49,6 +49,15 @@ def test_within_a_hundredth_of_the_optimum(form, spectrum, shape):
     )
 
 
+@pytest.mark.parametrize("niter", [1, 4, 8])
+def test_directions_far_below_the_largest_are_iterated_too(form, niter):
+    """σ_32 is 10^-4 of σ_1: one Cholesky pass a step would let it fade."""
+    x = matrix(180, 300, lambda i: 0.75**i)
+    result = svd_lowrank(x, 32, niter, generator=seeded())
+    assert sound(result)
+    assert residual(x, result) <= 1.001 * optimum(x, 32) + 5 * EPS
+
+
 @pytest.mark.parametrize("spectrum", ["slow", "power", "exponential"])
 @pytest.mark.parametrize("niter", [1, 4, 8])
 def test_no_further_from_the_matrix_than_torch_at_equal_niter(spectrum, niter):
