@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlora.adapters.svd_product import svd_product
 from fastlora.adapters.view import AdapterLayer, layers
 from fastlora.nn import AdaptedLayer
 from fastlora.nn.adapted import check_rank
+from fastlora.ops import svd_product
 
 
 @torch.no_grad()

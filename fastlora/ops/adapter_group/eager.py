@@ -1,7 +1,7 @@
 """The best PyTorch-only form: x is read once for all lora_A, dx is one accumulator.
 
-As in ``adapter_linear``'s eager.py, ``linear``, ``update`` and ``output_pass`` can be others', and so
-can ``onto(out, a, b)``, out += a bᵀ for a large b.
+As in ``adapter_linear``'s eager.py, ``linear``, ``update`` and ``output_pass`` can be others', and
+so can ``onto(out, a, b)``, out += a bᵀ for a large b.
 """
 
 from __future__ import annotations

@@ -64,10 +64,12 @@ def output_pass(
     known = lora_B if lora_B is not None else t
     r = 0 if known is None else known.shape[1]
     narrow = 0 < r <= _NARROW
-    options = {"out_scale": out_scale, "need_dy": need_dy, "read": read, "bias": bias, "is_y": is_y}
     # the address of an empty tensor is the null pointer
-    if dy.numel() == 0 or not narrow and out_scale is None:
-        return eager.read_output(dy, lora_B, t, factor, linear, **options)
+    if dy.numel() == 0 or (not narrow and out_scale is None):
+        return eager.read_output(
+            dy, lora_B, t, factor, linear,
+            out_scale=out_scale, need_dy=need_dy, read=read, bias=bias, is_y=is_y,
+        )  # fmt: skip
     dy = with_rows(dy)
     c = with_rows(lora_B) if narrow and lora_B is not None else None
     left = with_rows(t) if narrow and t is not None else None
@@ -96,8 +98,9 @@ def output_pass(
     return Passed(own, h, dC, dg, unread if count else None)
 
 
-_better = {"linear": linear, "update": update, "output_pass": output_pass}
 forward = partial(eager.forward, linear=linear, update=update)
-backward = partial(eager.backward, **_better)
+backward = partial(eager.backward, linear=linear, update=update, output_pass=output_pass)
 scaled_forward = partial(eager.scaled_forward, linear=linear, update=update)
-scaled_backward = partial(eager.scaled_backward, **_better)
+scaled_backward = partial(
+    eager.scaled_backward, linear=linear, update=update, output_pass=output_pass
+)

@@ -82,10 +82,11 @@ def fold(lora_B: Tensor, scales: Scales, dtype: torch.dtype) -> Tensor:
     if scales.adapter is None and scales.mid is None:
         return to(lora_B, dtype)
     wide = to(lora_B, torch.promote_types(dtype, torch.float32))
-    if scales.adapter is None:
-        return to(wide * scales.mid, dtype)
-    folded = wide * scales.adapter[:, None]
-    return to(folded if scales.mid is None else folded.mul_(scales.mid), dtype)
+    if scales.adapter is not None:
+        wide = wide * scales.adapter[:, None]
+        return to(wide if scales.mid is None else wide.mul_(scales.mid), dtype)
+    assert scales.mid is not None
+    return to(wide * scales.mid, dtype)
 
 
 def unfold(

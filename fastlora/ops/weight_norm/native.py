@@ -1,4 +1,4 @@
-"""The norms in one native call: W Aᵀ, the rows of B and, the first time, ‖W‖² in one pass over W."""
+"""The norms in one native call: one pass over W gives W Aᵀ and, the first time, ‖W‖²."""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastlora.ops import backend as _backend
+from fastlora.ops.dtypes import to
 from fastlora.ops.weight_norm.cache import WeightNormCache
 from fastlora.ops.weight_norm.contract import BACKENDS
-from fastlora.ops.dtypes import to
 
 
 def weight_norm(

@@ -1,4 +1,4 @@
-"""The forms that a CPU takes (eager, onednn, native) against the reference in float64: values, all gradients."""
+"""The forms that a CPU takes against the reference in float64: values, all gradients."""
 
 import itertools
 
