@@ -1,7 +1,7 @@
 """Times one adapter_group call against an adapter_linear call per layer, over the frozen layers.
 
-    python -m bench.adapter_group [--tokens 256 512 2048] [--backend onednn eager] [--rank 16]
-                                  [--case qkv gate_up vera] [--rounds 30] [--threads 2]
+    python -m bench.adapter_group [--tokens 256 512 2048] [--backend native onednn eager]
+                                  [--rank 16] [--case qkv gate_up vera] [--rounds 30] [--threads 2]
                                   [--json FILE]
 
 A step is forward and backward, with the gradients of x and of every lora_A and lora_B; weights are
@@ -43,7 +43,7 @@ from fastlora.ops import Member, adapter_group, adapter_linear
 from fastlora.ops.adapter_group.contract import BACKENDS
 from fastlora.ops.adapter_group.reference import adapter_group_reference
 from fastlora.ops.adapter_linear import eager, onednn
-from fastlora.ops.backend import Situation, cpu_vendor
+from fastlora.ops.backend import Situation, cpu_vendor, multiplies_with_onednn
 
 CASES = {  # K, (N of each layer)
     "qkv": (2048, (2048, 2048, 2048)),
@@ -121,8 +121,9 @@ class _Frozen(torch.autograd.Function):
 def ways(step: Step, backend: str) -> dict[str, Callable[[], None]]:
     """What is timed, by name."""
     x, members, dys = step
-    frozen = _Frozen.apply if backend == "onednn" else torch.nn.functional.linear
-    linear = onednn.linear if backend == "onednn" else eager.aten_linear
+    by_onednn = backend == "onednn" or (backend == "native" and multiplies_with_onednn())
+    frozen = _Frozen.apply if by_onednn else torch.nn.functional.linear
+    linear = onednn.linear if by_onednn else eager.aten_linear
     leaves = step.leaves()
 
     def backward(ys: Any) -> None:
@@ -139,7 +140,7 @@ def ways(step: Step, backend: str) -> dict[str, Callable[[], None]]:
                 linear(x, m.weight)
             dx = linear(dys[0], members[0].weight.t())
             for m, dy in zip(members[1:], dys[1:], strict=True):
-                if backend == "onednn":
+                if by_onednn:
                     dx.add_(linear(dy, m.weight.t()))
                 else:
                     dx.addmm_(dy, m.weight)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fastlora
 from fastlora.adapters import Report, inject, layers, save_adapter
+from fastlora.adapters.view import AdapterLayer
 from fastlora.cli.demo import memory
 from fastlora.cli.demo.methods import Recipe
 from fastlora.cli.demo.model import share
@@ -76,7 +77,7 @@ def enter(base: Any, recipe: Recipe, seed: int) -> tuple[dict[str, Contestant], 
     beside = recipe.method.beside if recipe.via == "inject" else None
     contestants = [
         Contestant(FROZEN, share(base)),
-        Contestant(PEFT, rival, optimizer=_optimizer(rival, recipe)),
+        Contestant(PEFT, rival, optimizer=_optimizer(rival, recipe, by_peft=True)),
         Contestant(FASTLORA, ours, chosen, _optimizer(ours, recipe), beside),
     ]
     for contestant in contestants:
@@ -99,12 +100,31 @@ def load(base: Any, folder: Path) -> Contestant:
 def same_adapter(one: Contestant, other: Contestant) -> bool:
     """Whether two models carry bit-equal adapters on the same layers."""
     first, second = ({layer.name: layer for layer in layers(c.model)} for c in (one, other))
+    tensors = [
+        {name: _left_by_the_mask(layer) for name, layer in each.items()} for each in (first, second)
+    ]
     return first.keys() == second.keys() and all(
-        layer.tensors.keys() == second[name].tensors.keys()
-        and all(torch.equal(t, second[name].tensors[part]) for part, t in layer.tensors.items())
-        and math.isclose(layer.scaling, second[name].scaling, rel_tol=1e-6)
+        tensors[0][name].keys() == tensors[1][name].keys()
+        and all(torch.equal(t, tensors[1][name][part]) for part, t in tensors[0][name].items())
+        # of no ranks there is no scaling
+        and (layer.r == 0 or second[name].r == 0 or _alike(layer.scaling, second[name].scaling))
         for name, layer in first.items()
     )
+
+
+def _alike(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-6)
+
+
+def _left_by_the_mask(layer: AdapterLayer) -> dict[str, Tensor]:
+    """The layer's tensors; of AdaLoRA's those that are saved: a file has no masked triplets."""
+    if layer.method != "ADALORA":
+        return dict(layer.tensors)
+    kept = layer.tensors["lora_E"].flatten() != 0
+    return {
+        part: tensor[:, kept] if part == "lora_B" else tensor[kept]
+        for part, tensor in layer.tensors.items()
+    }
 
 
 def save(contestant: Contestant, recipe: Recipe, folder: Path) -> None:
@@ -137,10 +157,13 @@ def _with_fastlora(base: Any, recipe: Recipe) -> tuple[Any, Report]:
     return model, inject(model, recipe.method.ours(recipe))
 
 
-def _optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
+def _optimizer(model: Any, recipe: Recipe, by_peft: bool = False) -> torch.optim.Optimizer:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=0.0)
-    if attach := recipe.method.around_steps:
+    attach = recipe.method.around_steps
+    if by_peft:
+        attach = recipe.method.around_peft_steps or attach
+    if attach is not None:
         attach(model, optimizer)
     return optimizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.adapters import AdaLoRAConfig, AdapterConfig, LoRAConfig, VeRAConfig
-from fastlora.methods import LoRAFA, LoRAPro, orthogonal_regulariser
+from fastlora.methods import AdaLoRA, LoRAFA, LoRAPro, orthogonal_regulariser
 
 ALL_LINEAR: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -21,8 +22,8 @@ class Method:
     """``title``: as in tables. ``rank`` and ``lr``: what the demo takes unless told otherwise.
 
     ``ours`` and ``theirs`` make the configurations. ``around_steps`` is attached to a model and
-    its optimizer, on both sides; ``beside`` is what our loss has beside the model's, where peft's
-    model adds it itself.
+    its optimizer, on both sides unless ``around_peft_steps`` is peft's own way; ``beside`` is what
+    our loss has beside the model's, where peft's model adds it itself.
     """
 
     title: str
@@ -32,6 +33,7 @@ class Method:
     lr: float = 5e-4
     has_alpha: bool = True
     around_steps: Callable[[nn.Module, torch.optim.Optimizer], object] | None = None
+    around_peft_steps: Callable[[nn.Module, torch.optim.Optimizer], object] | None = None
     beside: Callable[[nn.Module], Tensor] | None = None
 
 
@@ -78,7 +80,7 @@ def _adalora_options(recipe: Recipe) -> dict[str, Any]:
         "target_r": max(1, recipe.r * 2 // 3),
         "lora_alpha": recipe.alpha,
         "lora_dropout": recipe.dropout,
-        "total_step": recipe.steps + 1,
+        "total_step": max(recipe.steps, 2),  # the ranks are settled at the last step
     }
 
 
@@ -86,6 +88,13 @@ def _peft_adalora(recipe: Recipe) -> Any:
     import peft
 
     return peft.AdaLoraConfig(**ALL_LINEAR, **_adalora_options(recipe))
+
+
+def _peft_allocates(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """peft's ``update_and_allocate`` after every step, counted from 1."""
+    steps = itertools.count(1)
+    inner: Any = model.base_model
+    optimizer.register_step_post_hook(lambda *_: inner.update_and_allocate(next(steps)))
 
 
 _PLAIN = _lora("LoRA")
@@ -106,6 +115,8 @@ METHODS = {
         "AdaLoRA",
         lambda recipe: AdaLoRAConfig(**_adalora_options(recipe)),
         _peft_adalora,
+        around_steps=lambda model, optimizer: AdaLoRA().attach(model, optimizer),
+        around_peft_steps=_peft_allocates,
         beside=lambda model: AdaLoRAConfig.orth_reg_weight * orthogonal_regulariser(model),
     ),
     "lora_fa": Method(
