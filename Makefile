@@ -26,7 +26,7 @@ lint: $(VENV)/.ready
 compile-matrix: $(VENV)/.ready
 	$(RUN) -m bench.compile_matrix
 
-$(VENV)/.ready: pyproject.toml setup.py constraints.txt
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) -e '.[test,bench,lint]'

@@ -1,5 +1,43 @@
-"""The build's entry; what is built is described in pyproject.toml."""
+"""The build's entry; what is built is described in pyproject.toml, and csrc/ is built here.
 
-from setuptools import setup
+The native core is optional: where it cannot be built fastlora is installed without it, and
+``python -m fastlora info`` says so. FASTLORA_NATIVE=0 leaves it out, FASTLORA_NATIVE=1 insists.
+"""
 
-setup()
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+WISH = os.environ.get("FASTLORA_NATIVE", "")
+CSRC = Path(__file__).parent.resolve() / "csrc"
+
+
+class CMakeBuild(build_ext):
+    """Builds csrc/ with CMake and Ninja."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve()
+        try:
+            import pybind11
+
+            configure = [
+                "cmake",
+                *("-S", str(CSRC), "-B", str(build), "-G", "Ninja"),
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            ]
+            subprocess.run(configure, check=True)
+            subprocess.run(["cmake", "--build", str(build)], check=True)
+        except (OSError, ImportError, subprocess.CalledProcessError) as error:
+            raise CompileError(f"the native core cannot be built: {error}") from error
+
+
+core = Extension("fastlora._C", [], optional=WISH != "1")
+setup(ext_modules=[] if WISH == "0" else [core], cmdclass={"build_ext": CMakeBuild})

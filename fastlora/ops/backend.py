@@ -23,7 +23,9 @@ from typing import NamedTuple
 
 import torch
 
-NAMES = ("triton", "onednn", "eager")
+from fastlora.ops import library
+
+NAMES = ("triton", "native", "onednn", "eager")
 ENVIRONMENT_VARIABLE = "FASTLORA_BACKEND"
 HALF = frozenset({torch.float16, torch.bfloat16})
 
@@ -113,6 +115,10 @@ def interpreter_is_for_tests(at: Situation) -> str | None:
     return "the interpreter serves tests only" if at.device.type == "cpu" else None
 
 
+def needs_native(at: Situation) -> str | None:
+    return library.missing()
+
+
 def needs_onednn(at: Situation) -> str | None:
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch was built without oneDNN"
@@ -129,19 +135,30 @@ def mkl_is_as_fast(at: Situation) -> str | None:
     return None
 
 
+def multiplies_with_onednn() -> bool:
+    """Whether float32 products on the CPU are better left to oneDNN than to what PyTorch takes."""
+    at = Situation(torch.device("cpu"), torch.float32)
+    return needs_onednn(at) is None and mkl_is_as_fast(at) is None
+
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def usual(
     folder: str, onednn_dtypes: tuple[torch.dtype, ...] = (torch.float32,)
 ) -> tuple[Backend, ...]:
-    """An operation's three ways, modules of its ``folder``, in order of preference."""
+    """An operation's four ways, modules of its ``folder``, in order of preference."""
     return (
         Backend(
             "triton",
             f"{folder}.triton",
             refuses=(only_devices("cuda", "cpu"), only_dtypes(*FLOATS), needs_triton),
             leaves=(interpreter_is_for_tests,),
+        ),
+        Backend(
+            "native",
+            f"{folder}.native",
+            refuses=(only_devices("cpu"), only_dtypes(torch.float32), needs_native),
         ),
         Backend(
             "onednn",
@@ -241,7 +258,7 @@ def _say_fallback(op: str, backends: tuple[Backend, ...], taken: Backend, at: Si
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every operation called inside on the named backend ('triton', 'onednn' or 'eager').
+    """Run every operation called inside on the named backend (one of ``NAMES``).
 
     It holds for the calls of this thread. Autograd recomputes checkpoints in threads of its own on
     a GPU: around checkpointed steps with dropout set FASTLORA_BACKEND, which holds everywhere.

@@ -42,10 +42,22 @@ def test_argument_over_context_over_environment(monkeypatch):
 )
 def test_onednn_is_automatic_where_mkl_is_slow(monkeypatch, vendor, expected):
     monkeypatch.setattr(b, "cpu_vendor", lambda: vendor)
+    monkeypatch.setattr(b.library, "missing", lambda: "there is no native core")
     monkeypatch.setattr(b.platform, "machine", lambda: "x86_64")
     assert chosen() == expected
     assert chosen(torch.float64) == "eager"
     assert chosen(torch.bfloat16) == "eager"
+
+
+def test_the_native_core_is_taken_for_float32_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(b.library, "missing", lambda: None)
+    assert chosen() == "native"
+    assert chosen(torch.bfloat16) == "eager"
+    b._choose.cache_clear()
+    monkeypatch.setattr(b.library, "missing", lambda: "there is no native core")
+    assert chosen() != "native"
+    with pytest.raises(fastlora.BackendError, match="there is no native core"):
+        chosen(requested="native")
 
 
 def test_a_named_backend_that_cannot_run_says_every_reason(monkeypatch):

@@ -1,7 +1,7 @@
 """The best PyTorch-only form: x is read once for all lora_A, dx is one accumulator.
 
-Products are written as ``linear(a, b) = a bᵀ`` and ``onto(out, a, b)``, out += a bᵀ, so that
-another GEMM library can be put under the same code (see onednn.py).
+As in ``adapter_linear``'s eager.py, ``linear``, ``update`` and ``output_pass`` can be others', and so
+can ``onto(out, a, b)``, out += a bᵀ for a large b.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from fastlora.ops.adapter_group.contract import (
     together,
 )
 from fastlora.ops.adapter_linear import eager
-from fastlora.ops.adapter_linear.eager import Linear, aten_linear
+from fastlora.ops.adapter_linear.eager import (
+    Linear,
+    OutputPass,
+    Passed,
+    Update,
+    add_product,
+    aten_linear,
+    read_output,
+)
 from fastlora.ops.dropout import drop, keep_scale, stream_noise
 
 draw_seed = eager.draw_seed
@@ -41,7 +49,7 @@ def forward(
     need_t: Sequence[bool],
     *,
     linear: Linear = aten_linear,
-    onto: Onto = aten_onto,
+    update: Update = add_product,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """(y [M, N] of every part, t [M, r] of every slot, None unless ``need_t``), in x's dtype."""
     ys: list[Tensor] = []
@@ -49,9 +57,8 @@ def forward(
     for part in parts:
         assert part.weight is not None and part.lora_B is not None
         y = linear(x, part.weight, part.bias if part.out_scale is None else None)
-        onto(y, ts[part.slot], part.lora_B)
-        if part.out_scale is not None:
-            eager.scale_columns(y, part.out_scale, part.bias)
+        t, scale = ts[part.slot], part.out_scale
+        update(y, t, part.lora_B.t(), scale, part.bias if scale is not None else None)
         ys.append(y)
     return ys, kept(ts, slots, need_t)
 
@@ -111,6 +118,8 @@ def backward(
     *,
     linear: Linear = aten_linear,
     onto: Onto = aten_onto,
+    update: Update = add_product,
+    output_pass: OutputPass = read_output,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Gradients]]:
     """(dx, dA of every slot, the rest of every part) for dys [M, N]; None where not asked for.
 
@@ -126,14 +135,11 @@ def backward(
     for dy, part, need in zip(dys, parts, needs, strict=True):
         number, slot = part.slot, slots[part.slot]
         wanted = want_h[number]
-        own = dy
-        if part.out_scale is not None and (wanted or need.weight or need.lora_B):
-            own = eager.times(dy, part.out_scale)
-        if wanted:
-            assert part.lora_B is not None
-            h = linear(own, part.lora_B.t(), None)
-            hs[number] = hs[number].add_(h) if number in hs else h
-        gradients.append(_of_part(dy, own, x, part, ts[number], need, linear))
+        passed = _read(dy, x, part, ts[number], need, need_x, need_A[number], linear, output_pass)
+        own = passed.dy
+        if passed.h is not None:
+            hs[number] = hs[number].add_(passed.h) if number in hs else passed.h
+        gradients.append(_of_part(dy, passed, x, need, linear))
         if need_x:  # after the narrow products, which stream dy into the cache
             assert part.weight is not None
             if dx is None:
@@ -147,7 +153,7 @@ def backward(
         h = _beside(hs, slots, plain)
         if need_x:
             assert dx is not None
-            onto(dx, h, stacked([slots[index] for index in plain]).t())
+            update(dx, h, stacked([slots[index] for index in plain]))
         trained = [index for index in plain if need_A[index]]
         if trained:
             assert x is not None
@@ -189,29 +195,35 @@ def _past_dropout(
     return dA
 
 
-def _of_part(
+def _read(
     dy: Tensor,
-    own: Tensor,
     x: Tensor | None,
     part: Part,
     t: Tensor | None,
     need: Needs,
+    need_x: bool,
+    need_A: bool,
     linear: Linear,
+    output_pass: OutputPass,
+) -> Passed:
+    """What one part's dY gives; its scaling comes later, for all parts at once."""
+    if part.out_scale is None:
+        lora_B = part.lora_B if need_x or need_A else None
+        return output_pass(dy, lora_B, t if need.lora_B else None, 1.0, linear)
+    return eager.scaled_pass(
+        dy, part.y, part.out_scale, part.bias, x, part.weight, part.lora_B, t, 1.0,
+        need_x, need.weight, need_A, need.lora_B, need.out_scale, linear, output_pass,
+    )  # fmt: skip
+
+
+def _of_part(
+    dy: Tensor, passed: Passed, x: Tensor | None, need: Needs, linear: Linear
 ) -> Gradients:
-    """Those of one part but dA; own is dy ∘ g."""
-    dC = dweight = dbias = dg = None
-    if need.lora_B:
-        assert t is not None
-        dC = eager.reduce(linear, t, own).t()
+    """The gradients of one part but dA."""
+    dweight = dbias = None
     if need.weight:
         assert x is not None
-        dweight = linear(own.t(), x.t(), None)
+        dweight = linear(passed.dy.t(), x.t(), None)
     if need.bias:
         dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
-    if need.out_scale:
-        assert part.out_scale is not None and part.weight is not None
-        assert x is not None and part.lora_B is not None and t is not None
-        dg = eager.out_scale_gradient(
-            dy, part.y, part.out_scale, part.bias, x, part.weight, part.lora_B, t, linear
-        )
-    return Gradients(dweight, dC, dbias, dg)
+    return Gradients(dweight, passed.dC, dbias, passed.dg)

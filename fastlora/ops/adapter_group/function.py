@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastlora.ops.adapter_group.contract import Gradients, Member, Needs, Part, Slot
-from fastlora.ops.adapter_group.shares import share, to
+from fastlora.ops.adapter_group.shares import share
 from fastlora.ops.adapter_linear.contract import Scales, check_mask, rows
 from fastlora.ops.adapter_linear.scaled import ScaledNeeds, fold, unfold, what_to_keep
 from fastlora.ops.dropout import threshold
+from fastlora.ops.dtypes import to
 
 
 def tensors(member: Member) -> tuple[Tensor | None, ...]:

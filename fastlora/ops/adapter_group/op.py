@@ -36,7 +36,7 @@ def adapter_group(
         members: one or more. They may differ in everything but K. Members without dropout whose
             lora_A is the very same tensor (VeRA: the same memory, if it is frozen) share its
             products with x. With dropout every member draws a mask of its own, in this order.
-        backend: 'triton', 'onednn' or 'eager'; None chooses (see ``fastlora.explain``).
+        backend: 'triton', 'native', 'onednn' or 'eager'; None chooses (see ``fastlora.explain``).
 
     Only what the gradients asked for need is kept, by the rules of ``adapter_linear``. An output
     that is not used costs nothing in backward and leaves its member without gradients, as a layer

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlora.ops.adapter_group.contract import Member, Slot
+from fastlora.ops.dtypes import to
 
 
 class Shares(NamedTuple):
@@ -47,11 +48,6 @@ def share(
     scalings = [(slots[slot].scaling, m.scaling) for slot, m in zip(slot_of, members, strict=True)]
     factors = [1.0 if common == own else own / common for common, own in scalings]
     return Shares(slots, slot_of, factors)
-
-
-def to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``, without a call into torch where there is nothing to do."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _identity(lora_A: Tensor, trains: bool) -> Any:

@@ -45,14 +45,20 @@ def doubtful(
     mean_square [N], given with a bias, is that of y − bias over the rows. README.md derives the
     bounds.
     """
-    half = dtype in backend.HALF
+    least, most, hidden = legible(dtype)
     size = out_scale.abs().to(torch.promote_types(dtype, torch.float32))
-    reach = 2.0**8 if dtype == torch.float16 else 2.0**60
-    legible = (size >= 1 / reach) & (size <= reach)
+    sound = (size >= least) & (size <= most)
     if bias is not None:
         assert mean_square is not None
-        legible &= bias.abs() <= mean_square.sqrt() * (2.0 if half else 64.0)
-    return ~legible
+        sound &= bias.abs() <= mean_square.sqrt() * hidden
+    return ~sound
+
+
+def legible(dtype: torch.dtype) -> tuple[float, float, float]:
+    """The bounds of ``doubtful``: |g| is at least, and at most; |bias| over the root of
+    mean_square is at most."""
+    reach = 2.0**8 if dtype == torch.float16 else 2.0**60
+    return 1 / reach, reach, 2.0 if dtype in backend.HALF else 64.0
 
 
 def check_mask(seed: Tensor | None, dim: int | None) -> None:

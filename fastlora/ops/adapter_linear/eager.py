@@ -1,12 +1,15 @@
 """The best PyTorch-only form: two products a direction, everything else accumulated in place.
 
-Every product is written as ``linear(a, b) = a bᵀ`` so that another GEMM library can be put under
-the same code (see onednn.py).
+Three steps are taken by name, so that other libraries can be put under the same code (onednn.py,
+native.py): every product is ``linear(a, b) = a bᵀ``, the adapter goes onto a large product's result
+by ``update``, and all that backward reads off dY beside the large products comes from
+``output_pass``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +21,51 @@ from fastlora.ops.dropout import drop, keep_scale, stream_noise
 _PIECE = 1 << 17  # elements
 _PIECE_CUDA = 1 << 24
 _LONGEST_SUM = 2048  # rows added up one by one in float32
+_NARROW = 64  # a product of more ranks than that is as fast either way round
 
 Linear = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+
+
+class Update(Protocol):
+    """out [m, n] ← scale ∘ (out + a b) + bias, in place, for a [m, r], b [r, n]."""
+
+    def __call__(
+        self,
+        out: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> object: ...
+
+
+class Passed(NamedTuple):
+    """What backward through y = g ∘ z + bias, z = x Wᵀ + t Cᵀ, reads off dY [M, N]."""
+
+    dy: Tensor  # dY ∘ g in dY's dtype; dY itself where there is no g, or nobody needs the product
+    h: Tensor | None  # factor · (dY ∘ g) C [M, r], where C was given
+    dC: Tensor | None  # (dY ∘ g)ᵀ t [N, r], where t was given
+    dg: Tensor | None  # [N], float32 or wider, where ``read`` was given
+    unread: Tensor | None  # bool [N]: where dg cannot be read off y (``doubtful``); None: nowhere
+
+
+class OutputPass(Protocol):
+    """Gives ``Passed``; ``read`` is y, or z where ``is_y`` is False (then without a bias)."""
+
+    def __call__(
+        self,
+        dy: Tensor,
+        lora_B: Tensor | None,
+        t: Tensor | None,
+        factor: float,
+        linear: Linear,
+        *,
+        out_scale: Tensor | None = None,
+        need_dy: bool = True,
+        read: Tensor | None = None,
+        bias: Tensor | None = None,
+        is_y: bool = True,
+    ) -> Passed: ...
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -30,6 +76,61 @@ def draw_seed(device: torch.device) -> Tensor:
 def aten_linear(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a [m, k] · b [n, k]ᵀ + bias [n]."""
     return torch.nn.functional.linear(a, b, bias)
+
+
+def times(a: Tensor, scale: Tensor) -> Tensor:
+    """a ∘ scale in a's dtype, where scale may be float32 over half precision."""
+    return torch.mul(a, scale, out=torch.empty_like(a))
+
+
+def add_product(
+    out: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
+) -> None:
+    """See ``Update``."""
+    out.addmm_(a, b)
+    if scale is not None:
+        scale_columns(out, scale, bias)
+    elif bias is not None:
+        out.add_(bias)
+
+
+def scale_columns(y: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    """y [M, N] ← y ∘ scale [N] + bias [N], in place and rounded once."""
+    if bias is None:
+        y.mul_(scale)
+    else:
+        torch.addcmul(bias, y, scale, out=y)
+
+
+def read_output(
+    dy: Tensor,
+    lora_B: Tensor | None,
+    t: Tensor | None,
+    factor: float,
+    linear: Linear,
+    *,
+    out_scale: Tensor | None = None,
+    need_dy: bool = True,
+    read: Tensor | None = None,
+    bias: Tensor | None = None,
+    is_y: bool = True,
+) -> Passed:
+    """See ``OutputPass``."""
+    own, h, dC, dg, unread = dy, None, None, None, None
+    if out_scale is not None and need_dy:
+        own = times(dy, out_scale)
+    if lora_B is not None:
+        h = linear(own, lora_B.t(), None).mul_(factor)
+    if t is not None:
+        dC = _weight_gradient(linear, own, t)
+    if read is not None:
+        assert out_scale is not None
+        dg, mean_square = _column_dots(dy, read, bias)
+        if is_y:
+            unread = doubtful(out_scale, bias, mean_square, dy.dtype)
+            unread = unread if unread.any() else None
+            dg.div_(out_scale)
+    return Passed(own, h, dC, dg, unread)
 
 
 def forward(
@@ -44,16 +145,22 @@ def forward(
     *,
     need_t: bool,
     linear: Linear = aten_linear,
+    update: Update = add_product,
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N] and t = s · drop(x) Aᵀ [M, r], all in x's dtype (t only if ``need_t``)."""
-    if seed is not None:
-        noise = stream_noise((x.shape[0], x.shape[1]), seed, x.device)
-        t = linear(drop(x, noise, dropout_p), lora_A, None).mul_(scaling * keep_scale(dropout_p))
-    else:
-        t = linear(x, lora_A, None).mul_(scaling)
+    t = _down(x, lora_A, scaling, dropout_p, seed, linear)
     y = linear(x, weight, bias)
-    y.addmm_(t, lora_B.t())
+    update(y, t, lora_B.t())
     return y, t if need_t else None
+
+
+def _down(
+    x: Tensor, lora_A: Tensor, scaling: float, dropout_p: float, seed: Tensor | None, linear: Linear
+) -> Tensor:
+    if seed is None:
+        return linear(x, lora_A, None).mul_(scaling)
+    noise = stream_noise((x.shape[0], x.shape[1]), seed, x.device)
+    return linear(drop(x, noise, dropout_p), lora_A, None).mul_(scaling * keep_scale(dropout_p))
 
 
 def composite(
@@ -103,6 +210,8 @@ def backward(
     needs: Needs,
     *,
     linear: Linear = aten_linear,
+    update: Update = add_product,
+    output_pass: OutputPass = read_output,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweight, dA, dB, dbias) for dy [M, N]; None where ``needs`` does not ask.
 
@@ -110,18 +219,41 @@ def backward(
     each may be None where no gradient asked for needs it. dA, dB and dbias may come back in dy's
     dtype or in float32; the caller casts them to the parameter's.
     """
-    dx = dweight = dA = dB = dbias = None
-    h = noise = None
-    if needs.x or needs.lora_A:
-        assert lora_B is not None
-        h = linear(dy, lora_B.t(), None).mul_(scaling * keep_scale(dropout_p))  # [M, r]
-        if seed is not None:
-            wide = lora_A if x is None else x
-            assert wide is not None
-            noise = stream_noise((dy.shape[0], wide.shape[1]), seed, dy.device)
-    if needs.lora_B:
-        assert t is not None
-        dB = reduce(linear, t, dy).t()
+    passed = output_pass(
+        dy,
+        lora_B if needs.x or needs.lora_A else None,
+        t if needs.lora_B else None,
+        scaling * keep_scale(dropout_p),
+        linear,
+    )
+    dx, dweight, dA = _to_input(
+        passed, x, weight, lora_A, dropout_p, seed, needs, linear=linear, update=update
+    )
+    dbias = None
+    if needs.bias:
+        dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+    return dx, dweight, dA, passed.dC, dbias
+
+
+def _to_input(
+    passed: Passed,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Needs,
+    *,
+    linear: Linear,
+    update: Update,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dweight, dA) from what was read off dY."""
+    dx = dweight = dA = noise = None
+    dy, h = passed.dy, passed.h
+    if seed is not None and h is not None:
+        wide = lora_A if x is None else x
+        assert wide is not None
+        noise = stream_noise((dy.shape[0], wide.shape[1]), seed, dy.device)
     if needs.lora_A:
         assert x is not None and h is not None
         dA = reduce(linear, h, x if noise is None else drop(x, noise, dropout_p))
@@ -129,15 +261,13 @@ def backward(
         assert weight is not None and lora_A is not None and h is not None
         dx = linear(dy, weight.t(), None)
         if noise is None:
-            dx.addmm_(h, lora_A)
+            update(dx, h, lora_A)
         else:
             dx.add_(drop(linear(h, lora_A.t(), None), noise, dropout_p))
     if needs.weight:
         assert x is not None
         dweight = linear(dy.t(), x.t(), None)
-    if needs.bias:
-        dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
-    return dx, dweight, dA, dB, dbias
+    return dx, dweight, dA
 
 
 def scaled_forward(
@@ -155,6 +285,7 @@ def scaled_forward(
     need_t: bool,
     need_z: bool,
     linear: Linear = aten_linear,
+    update: Update = add_product,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y = g ∘ (x Wᵀ + t Bᵀ) + bias [M, N], t as in ``forward``, and None.
 
@@ -162,11 +293,10 @@ def scaled_forward(
     drop(x) Wᵀ + t Bᵀ [M, N] is the third result if ``need_z``. out_scale g [N] may be float32.
     """
     if not drop_base:
-        y, t = forward(
-            x, weight, lora_A, lora_B, scaling, None, dropout_p, seed, need_t=need_t, linear=linear
-        )
-        scale_columns(y, out_scale, bias)
-        return y, t, None
+        t = _down(x, lora_A, scaling, dropout_p, seed, linear)
+        y = linear(x, weight, None)
+        update(y, t, lora_B.t(), out_scale, bias)
+        return y, t if need_t else None, None
     assert seed is not None
     noise = stream_noise((x.shape[0], x.shape[1]), seed, x.device)
     dropped = drop(x, noise, dropout_p).mul_(keep_scale(dropout_p))
@@ -197,6 +327,8 @@ def scaled_backward(
     read: Tensor | None,
     need_out_scale: bool,
     linear: Linear = aten_linear,
+    update: Update = add_product,
+    output_pass: OutputPass = read_output,
 ) -> tuple[
     Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
 ]:
@@ -211,60 +343,71 @@ def scaled_backward(
         dx, dweight, dA, dB = _drop_base_backward(
             dy, x, weight, lora_A, lora_B, t, scaling, dropout_p, seed, needs, out_scale, linear
         )
-    elif needs.x or needs.weight or needs.lora_A or needs.lora_B:
-        dx, dweight, dA, dB, _ = backward(
-            times(dy, out_scale),
-            x,
-            weight,
-            lora_A,
-            lora_B,
-            t,
-            scaling,
-            dropout_p,
-            seed,
-            needs._replace(bias=False),
-            linear=linear,
-        )
-    if needs.bias:
-        dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
-    if need_out_scale:
-        if drop_base:
+        if need_out_scale:
             assert read is not None
             dg, _ = _column_dots(dy, read)
-        else:
-            assert x is not None and weight is not None and lora_B is not None and t is not None
-            dg = out_scale_gradient(dy, read, out_scale, bias, x, weight, lora_B, t, linear)
+    else:
+        passed = scaled_pass(
+            dy, read, out_scale, bias, x, weight, lora_B, t, scaling * keep_scale(dropout_p),
+            needs.x, needs.weight, needs.lora_A, needs.lora_B, need_out_scale, linear, output_pass,
+        )  # fmt: skip
+        dx, dweight, dA = _to_input(
+            passed, x, weight, lora_A, dropout_p, seed, needs, linear=linear, update=update
+        )
+        dB, dg = passed.dC, passed.dg
+    if needs.bias:
+        dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
     return dx, dweight, dA, dB, dbias, dg
 
 
-def out_scale_gradient(
+def scaled_pass(
     dy: Tensor,
     y: Tensor | None,
     out_scale: Tensor,
     bias: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    lora_B: Tensor,
-    t: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_B: Tensor | None,
+    t: Tensor | None,
+    factor: float,
+    need_x: bool,
+    need_weight: bool,
+    need_A: bool,
+    need_B: bool,
+    need_out_scale: bool,
     linear: Linear,
-) -> Tensor:
-    """dg [N] of y = g ∘ (x Wᵀ + t Bᵀ) + bias, read off y except where it does not show it.
+    output_pass: OutputPass,
+) -> Passed:
+    """``output_pass`` of y = g ∘ (x Wᵀ + t Bᵀ) + bias for these needs.
 
-    Without y what g multiplied is computed again, for every column.
+    dg is read off y except where it does not show it. Without y what g multiplied is computed
+    again, for every column; for either x, weight, lora_B and t must be there.
     """
-    if y is None:
-        z = linear(x, weight, None)
-        z.t().addmm_(lora_B, t.t())
-        return _column_dots(dy, z)[0]
-    dg, mean_square = _column_dots(dy, y, bias)
-    dg.div_(out_scale)
-    unread = doubtful(out_scale, bias, mean_square, dy.dtype)
-    if unread.any():
-        columns = unread.nonzero().squeeze(1)
+    read = y
+    if need_out_scale and y is None:
+        assert x is not None and weight is not None and lora_B is not None and t is not None
+        read = linear(x, weight, None)
+        read.addmm_(t, lora_B.t())
+    passed = output_pass(
+        dy,
+        lora_B if need_x or need_A else None,
+        t if need_B else None,
+        factor,
+        linear,
+        out_scale=out_scale,
+        need_dy=need_x or need_weight or need_A or need_B,
+        read=read if need_out_scale else None,
+        bias=None if y is None else bias,
+        is_y=y is not None,
+    )
+    if passed.unread is not None:
+        assert x is not None and weight is not None and lora_B is not None and t is not None
+        assert passed.dg is not None
+        columns = passed.unread.nonzero().squeeze(1)
         z = linear(x, weight[columns], None)
         z.t().addmm_(lora_B[columns], t.t())
-        dg[columns], _ = _column_dots(dy[:, columns], z)
-    return dg
+        passed.dg[columns], _ = _column_dots(dy[:, columns], z)
+    return passed
 
 
 def _drop_base_backward(
@@ -314,19 +457,6 @@ def _drop_base_backward(
     return dx, dweight, dA, dB
 
 
-def scale_columns(y: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-    """y [M, N] ← y ∘ scale [N] + bias [N], in place and rounded once."""
-    if bias is None:
-        y.mul_(scale)
-    else:
-        torch.addcmul(bias, y, scale, out=y)
-
-
-def times(a: Tensor, scale: Tensor) -> Tensor:
-    """a ∘ scale in a's dtype, where scale may be float32 over half precision."""
-    return torch.mul(a, scale, out=torch.empty_like(a))
-
-
 def less_one(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """scale − 1 in ``dtype``, rounded after the subtraction: what is left may be small."""
     return (scale.to(torch.promote_types(scale.dtype, torch.float32)) - 1).to(dtype)
@@ -362,6 +492,13 @@ def _column_dots(dy: Tensor, y: Tensor, bias: Tensor | None = None) -> tuple[Ten
             squares += other.square().sum(0)
         dots += torch.mul(own.to(wide), other).sum(0)
     return dots, None if squares is None else squares.div_(max(1, dy.shape[0]))
+
+
+def _weight_gradient(linear: Linear, dy: Tensor, t: Tensor) -> Tensor:
+    """dyᵀ t [N, r]; of a large rank with its rows contiguous, for what follows."""
+    if dy.is_cpu and t.shape[1] > _NARROW:
+        return linear(dy.t(), t.t(), None)
+    return reduce(linear, t, dy).t()
 
 
 def reduce(linear: Linear, small: Tensor, wide: Tensor) -> Tensor:

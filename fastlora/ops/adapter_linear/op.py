@@ -22,6 +22,7 @@ from fastlora.ops.adapter_linear.entry import (
     is_transformed,
 )
 from fastlora.ops.adapter_linear.scaled import ScaledAdapterLinear
+from fastlora.ops.dtypes import to
 
 
 def adapter_linear(
@@ -67,7 +68,7 @@ def adapter_linear(
             multiplied again, at the price of one more base product. Gradients agree to rounding.
             It has no effect where out_scale needs no gradient, nor where drop_base acts: a
             product that y does not show is kept then.
-        backend: 'triton', 'onednn' or 'eager'; None chooses (see ``fastlora.explain``).
+        backend: 'triton', 'native', 'onednn' or 'eager'; None chooses (see ``fastlora.explain``).
 
     Under ``torch.autocast`` the call computes in autocast's dtype, as ``F.linear`` does.
     Gradients flow to whichever operands require them, in their own dtype, and only what these
@@ -138,8 +139,8 @@ class _AdapterLinear(torch.autograd.Function):
         y, t = module.forward(
             rows(x),
             weight,
-            lora_A.to(x.dtype),
-            lora_B.to(x.dtype),
+            to(lora_A, x.dtype),
+            to(lora_B, x.dtype),
             scaling,
             bias,
             dropout_p,
@@ -170,8 +171,8 @@ class _AdapterLinear(torch.autograd.Function):
             rows(dy),
             None if x is None else rows(x),
             weight,
-            None if lora_A is None else lora_A.to(dy.dtype),
-            None if lora_B is None else lora_B.to(dy.dtype),
+            None if lora_A is None else to(lora_A, dy.dtype),
+            None if lora_B is None else to(lora_B, dy.dtype),
             t,
             scaling,
             dropout_p,
@@ -181,9 +182,9 @@ class _AdapterLinear(torch.autograd.Function):
         return (
             None if dx is None else dx.view(shape),
             dweight,
-            None if dA is None else dA.to(dtype_A),
-            None if dB is None else dB.to(dtype_B),
-            None if dbias is None else dbias.to(dtype_bias),
+            None if dA is None else to(dA, dtype_A),
+            None if dB is None else to(dB, dtype_B),
+            None if dbias is None else to(dbias, dtype_bias),
             None,
             None,
             None,

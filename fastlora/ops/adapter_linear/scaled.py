@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastlora.ops.adapter_linear.contract import Needs, Scales, check_mask, rows
+from fastlora.ops.dtypes import to
 
 
 class ScaledNeeds(NamedTuple):
@@ -78,12 +79,13 @@ def what_to_keep(needs: ScaledNeeds, drop_base: bool, keep_output: bool) -> set[
 
 def fold(lora_B: Tensor, scales: Scales, dtype: torch.dtype) -> Tensor:
     """C = diag(b) B diag(d) [N, r] in ``dtype``, rounded once."""
-    wide = torch.promote_types(dtype, torch.float32)
-    if scales.adapter is not None:
-        lora_B = lora_B.to(wide) * scales.adapter[:, None]
-    if scales.mid is not None:
-        lora_B = lora_B.to(wide) * scales.mid
-    return lora_B.to(dtype)
+    if scales.adapter is None and scales.mid is None:
+        return to(lora_B, dtype)
+    wide = to(lora_B, torch.promote_types(dtype, torch.float32))
+    if scales.adapter is None:
+        return to(wide * scales.mid, dtype)
+    folded = wide * scales.adapter[:, None]
+    return to(folded if scales.mid is None else folded.mul_(scales.mid), dtype)
 
 
 def unfold(
@@ -107,7 +109,7 @@ def unfold(
     d = None if d is None else d.to(dC.dtype)
     if need_mid or need_adapter:
         assert lora_B is not None
-        own_B = lora_B.to(dC.dtype) * dC
+        own_B = dC.mul(lora_B) if need_B else dC.mul_(lora_B)
     if need_mid:
         assert own_B is not None
         dd = own_B.sum(0) if b is None else own_B.t().mv(b)
@@ -139,7 +141,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y [..., N], t [M, r], z [M, N]) by ``module``; t and z only if asked for."""
     z = None
-    small = (lora_A.to(x.dtype), fold(lora_B, scales, x.dtype))
+    small = (to(lora_A, x.dtype), fold(lora_B, scales, x.dtype))
     if scales.out is None:
         y, t = module.forward(
             rows(x), weight, *small, scaling, bias, dropout_p, seed, need_t=need_t
@@ -180,7 +182,7 @@ def backward(
         rows(dy),
         None if kept.x is None else rows(kept.x),
         kept.weight,
-        None if kept.lora_A is None else kept.lora_A.to(dy.dtype),
+        None if kept.lora_A is None else to(kept.lora_A, dy.dtype),
         None if lora_B is None else fold(lora_B, scales, dy.dtype),
         kept.t,
         scaling,
@@ -275,7 +277,7 @@ class ScaledAdapterLinear(torch.autograd.Function):
         kept = Kept(x, weight, lora_A, lora_B, bias, Scales(*vectors), t, read, seed)
         gradients = backward(module, dy, kept, scaling, dropout_p, drop_base, needs)
         owned = tuple(
-            None if gradient is None else gradient.to(dtype)
+            None if gradient is None else to(gradient, dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
         dx = owned[0]

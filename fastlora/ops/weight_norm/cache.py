@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
+from fastlora.ops.library import core, missing
+
 _PROBES = 64
 
 
@@ -50,6 +52,14 @@ class _Entry(NamedTuple):
     stream: int
 
 
+class Found(NamedTuple):
+    """What ``find`` remembers; None for what it does not."""
+
+    norm: Tensor | None  # n [N]
+    weight_sq: Tensor | None  # ‖W_j‖² [N]
+    weight: _Seen | None  # the weight, just seen to be as it was: for ``keep``
+
+
 class WeightNormCache:
     """The last results of ``weight_norm`` for one layer; give each layer its own.
 
@@ -79,13 +89,13 @@ class WeightNormCache:
 
     def find(
         self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(n, ‖W‖²) as remembered for these tensors; None for what is not."""
+    ) -> Found:
+        """What is remembered for these tensors."""
         entry = self._entry
         if entry is None or not _ordinary(weight, lora_A, lora_B):
-            return None, None
+            return Found(None, None, None)
         if entry.stream != _stream(weight) or not self._unchanged(entry.weight, weight):
-            return None, None
+            return Found(None, None, None)
         if (
             entry.lora_A is not None
             and entry.lora_B is not None
@@ -94,8 +104,8 @@ class WeightNormCache:
             and self._unchanged(entry.lora_A, lora_A)
             and self._unchanged(entry.lora_B, lora_B)
         ):
-            return entry.norm.detach(), entry.weight_sq
-        return None, entry.weight_sq
+            return Found(entry.norm.detach(), entry.weight_sq, entry.weight)
+        return Found(None, entry.weight_sq, entry.weight)
 
     def keep(
         self,
@@ -105,12 +115,14 @@ class WeightNormCache:
         scaling: float,
         norm: Tensor,
         weight_sq: Tensor | None,
+        seen: _Seen | None = None,
     ) -> None:
-        """Remembers results for these tensors, as far as their changes can be noticed."""
+        """Remembers results for these tensors, as far as their changes can be noticed. ``seen``:
+        the weight, if ``find`` has just looked at it."""
         self._entry = None
         if not _ordinary(weight, lora_A, lora_B):
             return
-        seen = self._see(weight, whole=False)
+        seen = seen or self._see(weight, whole=False)
         if seen is not None:
             self._entry = _Entry(
                 seen,
@@ -173,20 +185,26 @@ def _stream(tensor: Tensor) -> int:
 
 
 def _equal(now: Tensor, before: Tensor) -> bool:
-    """Every value the same; false for NaN. Three times as fast as ``torch.equal``."""
+    """Every value the same. Three times as fast as ``torch.equal``, or thirty."""
     if now.shape != before.shape or now.dtype != before.dtype:
         return False
     if now.numel() == 0:
         return True
+    if missing() is None and now.is_contiguous() and before.is_contiguous():
+        return core().same(now.data_ptr(), before.data_ptr(), now.nbytes)
     low, high = torch.aminmax(now - before)
     return low.item() == 0.0 and high.item() == 0.0
 
 
 def _probe(weight: Tensor) -> Tensor:
     """Values of weight [N, K] at places spread over its rows and columns, [64]."""
+    weight = weight.detach()
     if weight.numel() == 0:
-        return weight.detach().new_empty(0)
-    return weight.detach()[_places(weight.shape[0], weight.shape[1])]
+        return weight.new_empty(0)
+    n, k = weight.shape
+    if weight.is_contiguous():
+        return weight.view(-1).index_select(0, _flat_places(n, k))
+    return weight[_places(n, k)]
 
 
 @lru_cache(maxsize=64)
@@ -195,3 +213,10 @@ def _places(n: int, k: int) -> tuple[Tensor, Tensor]:
         steps = torch.arange(_PROBES)
         # the golden ratio's multiples spread over the columns whatever K is
         return steps * n // _PROBES, (steps * 0.6180339887498949 % 1.0 * k).long()
+
+
+@lru_cache(maxsize=64)
+def _flat_places(n: int, k: int) -> Tensor:
+    rows, columns = _places(n, k)
+    with torch.inference_mode(False):
+        return rows * k + columns

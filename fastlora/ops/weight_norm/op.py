@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from fastlora.ops import backend as _backend
 from fastlora.ops.weight_norm.cache import WeightNormCache
 from fastlora.ops.weight_norm.contract import BACKENDS
+from fastlora.ops.dtypes import to
 
 
 def weight_norm(
@@ -37,7 +40,7 @@ def weight_norm(
         differentiable: let gradients flow to lora_A and lora_B (never to weight). By default
             the norm is a constant, as DoRA prescribes (its §4.3). A second derivative is not
             available.
-        backend: 'triton', 'onednn' or 'eager'; None chooses (see ``fastlora.explain``).
+        backend: 'triton', 'native', 'onednn' or 'eager'; None chooses (see ``fastlora.explain``).
 
     Returns:
         n [N] in float32 (float64 for a float64 weight), accumulated in it, and never below
@@ -80,27 +83,22 @@ def _norm(
     cache: WeightNormCache | None,
     module: ModuleType,
 ) -> Tensor:
-    weight_sq = None
+    weight_sq = seen = None
     if cache is not None:
-        norm, weight_sq = cache.find(weight, lora_A, lora_B, scaling)
-        if norm is not None:
-            return norm
-    # what is remembered must serve a later call that trains, so no inference tensors are made
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        _without_autocast(weight),
-    ):
+        found, weight_sq, seen = cache.find(weight, lora_A, lora_B, scaling)
+        if found is not None:
+            return found
+    with _plain(weight):
         norm, weight_sq = module.forward(
             weight.detach(),
-            lora_A.detach().to(weight.dtype),
-            lora_B.detach().to(weight.dtype),
+            to(lora_A.detach(), weight.dtype),
+            to(lora_B.detach(), weight.dtype),
             scaling,
             weight_sq,
         )
     if cache is None:
         return norm
-    cache.keep(weight, lora_A, lora_B, scaling, norm, weight_sq)
+    cache.keep(weight, lora_A, lora_B, scaling, norm, weight_sq, seen)
     return norm.detach()
 
 
@@ -126,7 +124,7 @@ class _WeightNorm(torch.autograd.Function):
     def backward(ctx: Any, dnorm: Tensor) -> tuple[Tensor | None, ...]:
         weight, lora_A, lora_B, norm = ctx.saved_tensors
         scaling, module = ctx.static
-        with _without_autocast(weight):
+        with _plain(weight):
             dA, dB = module.backward(
                 dnorm,
                 norm,
@@ -146,9 +144,21 @@ class _WeightNorm(torch.autograd.Function):
         )
 
 
-def _without_autocast(tensor: Tensor) -> torch.autocast:
+@contextmanager
+def _off(kind: str) -> Iterator[None]:
+    # what is remembered must serve a later call that trains, so no inference tensors are made
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
+        yield
+
+
+def _plain(tensor: Tensor) -> AbstractContextManager[None]:
+    """No inference mode, no autocast; and nothing at all where there is neither, which is free."""
     kind = tensor.device.type
-    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
+    if not torch.amp.is_autocast_available(kind):
+        kind = "cpu"
+    if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(kind):
+        return _off(kind)
+    return nullcontext()
 
 
 def _check(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:

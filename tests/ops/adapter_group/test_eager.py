@@ -1,4 +1,4 @@
-"""The PyTorch forms (eager, onednn) against the reference in float64: values, all gradients."""
+"""The forms that a CPU takes (eager, onednn, native) against the reference in float64: values, all gradients."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastlora.ops import adapter_group
+from fastlora.ops import adapter_group, library
 from fastlora.ops.adapter_group import BACKENDS
 from fastlora.ops.backend import Situation
 from tests.ops.adapter_group.cases import (
@@ -27,14 +27,15 @@ CPU = torch.device("cpu")
 RUNNABLE = {
     b.name for b in BACKENDS if b.name != "triton" and not b.cannot(Situation(CPU, torch.float32))
 }
-FORMS = [pytest.param(name) for name in ("eager", "onednn") if name in RUNNABLE]
+FORMS = [pytest.param(name) for name in ("eager", "onednn", "native") if name in RUNNABLE]
 
 THREE = ({"n": 20, "r": 4, "bias": True}, {"n": 12, "r": 3}, {"n": 20, "r": 4, "scaling": 0.7})
 
 
-def test_both_forms_are_under_test_here():
+def test_all_forms_are_under_test_here():
     """oneDNN is part of every x86 build of PyTorch; a skipped form must not pass unseen."""
     assert ("onednn" in RUNNABLE) == torch.backends.mkldnn.is_available() and "eager" in RUNNABLE
+    assert ("native" in RUNNABLE) == (library.missing() is None)
 
 
 def compare(got, expected, tolerance, x, members):
@@ -81,7 +82,7 @@ names = st.sampled_from(
     unused=st.sampled_from([None, 0, 1]),
 )
 def test_values_and_gradients(backend, leading, k, kinds, dtype, same, names, unused):
-    if backend == "onednn" and dtype == torch.float64:
+    if backend != "eager" and dtype == torch.float64:
         return
     if same:  # one lora_A for all
         kinds = [kind | {"r": kinds[0]["r"]} for kind in kinds]
@@ -120,7 +121,7 @@ def test_at_the_sizes_where_onednn_takes_over(backend, m, k, n, r, p, same):
 @pytest.mark.parametrize("same", [False, True])
 def test_an_output_that_is_not_kept_changes_no_gradient(backend, dtype, bias_size, k, n, same):
     """All but out_scale's own gradient are the same bits, beside members that keep theirs."""
-    if backend == "onednn" and dtype == torch.float64:
+    if backend != "eager" and dtype == torch.float64:
         return
     kind = {"n": n, "which": VECTORS, "bias": True, "zeros": True}
     x, kept = group(kind, kind, kind | {"p": 0.3}, {}, leading=(300,), k=k, dtype=dtype)
@@ -178,7 +179,7 @@ def test_half_precision(dtype, adapter_dtype, p, which, same, keep):
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("names", [None, {"x"}, {"x", "1.lora_A"}, {"0.lora_B", "2.lora_A"}])
 def test_no_unwritten_memory_shows(backend, dtype, p, names, poison):
-    if backend == "onednn" and dtype != torch.float32:
+    if backend != "eager" and dtype != torch.float32:
         return
     kinds = [{"n": 67, "r": 3, "p": p}, {"n": 35, "r": 5}, {"n": 67, "r": 3, "which": VECTORS}]
     x, members = group(*kinds, leading=(70,), k=65, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The PyTorch forms (eager, onednn) against the reference in float64: values, all gradients."""
+"""The forms that a CPU takes (eager, onednn, native) against the reference in float64: values, all gradients."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastlora.ops import adapter_linear
+from fastlora.ops import adapter_linear, library
 from fastlora.ops.adapter_linear import BACKENDS
 from fastlora.ops.backend import Situation
 from fastlora.ops.dropout import draw_seed, keep_scale, stream_keep
@@ -17,12 +17,13 @@ CPU = torch.device("cpu")
 RUNNABLE = {
     b.name for b in BACKENDS if b.name != "triton" and not b.cannot(Situation(CPU, torch.float32))
 }
-FORMS = [pytest.param(name) for name in ("eager", "onednn") if name in RUNNABLE]
+FORMS = [pytest.param(name) for name in ("eager", "onednn", "native") if name in RUNNABLE]
 
 
-def test_both_forms_are_under_test_here():
+def test_all_forms_are_under_test_here():
     """oneDNN is part of every x86 build of PyTorch; a skipped form must not pass unseen."""
     assert ("onednn" in RUNNABLE) == torch.backends.mkldnn.is_available() and "eager" in RUNNABLE
+    assert ("native" in RUNNABLE) == (library.missing() is None)
 
 
 def run(tensors, scaling, dy, backend, p=0.0, seed=3, **options):
@@ -56,7 +57,7 @@ def mask(tensors, p, seed=3):
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_values_and_gradients(backend, leading, k, n, r, bias, p, scaling, dtype):
-    if backend == "onednn" and dtype == torch.float64:
+    if backend != "eager" and dtype == torch.float64:
         return
     tensors = operands(leading, k, n, r, bias, dtype)
     dy = torch.randn(*leading, n, generator=torch.Generator().manual_seed(9)).to(dtype)
@@ -205,7 +206,7 @@ VECTOR_SETS = [w for n in (1, 2, 3) for w in itertools.combinations(VECTORS, n)]
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_vectors(backend, leading, k, n, r, bias, which, zeros, p, drop_base, keep_output, dtype):
-    if backend == "onednn" and dtype == torch.float64:
+    if backend != "eager" and dtype == torch.float64:
         return
     drop_base = drop_base and "out_scale" in which
     tensors = operands(leading, k, n, r, bias, dtype)
@@ -295,7 +296,7 @@ def test_the_gradient_of_out_scale_where_y_does_not_show_it(size, bias, keep_out
 def test_an_output_that_is_not_kept_changes_no_gradient(backend, dtype, bias_size, p, m, k, n):
     """At sizes of MKL and of oneDNN. All but out_scale's gradient are the same bits; that one is as
     exact as the sums it consists of, however large the bias."""
-    if backend == "onednn" and dtype == torch.float64:
+    if backend != "eager" and dtype == torch.float64:
         return
     tensors = operands((m,), k, n, bias=bias_size > 0, dtype=dtype)
     if bias_size:

@@ -642,7 +642,7 @@ def test_bad_input_is_refused_with_a_sentence(make, error_type, words):
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match=r"unknown backend 'cuda'.*triton, onednn, eager"):
+    with pytest.raises(ValueError, match=r"unknown backend 'cuda'.*triton, native, onednn, eager"):
         adapter_linear(scaling=1.0, backend="cuda", **operands())
 
 

@@ -301,7 +301,7 @@ def test_off_the_cpu_only_parameters_that_do_not_train_are_remembered(monkeypatc
     cache.keep(*operands_, norm, sums)
     detached = (layer.weight.detach(), *operands_[1:])
     cache.keep(*detached, norm, sums)
-    assert cache.find(*detached) == (None, None)  # a detached copy hides whether it trains
+    assert cache.find(*detached) == (None, None, None)  # a detached copy hides whether it trains
     layer.requires_grad_(True)
     cache.trust_versions = True
     cache.keep(*operands_, norm, sums)

@@ -1,0 +1,85 @@
+// The only file that knows Python. Arrays come in as addresses: the callers in fastlora/ops, each
+// named after its kernel's file, have checked dtypes, shapes and strides. Every call takes the
+// number of threads and the name of an instruction set, "" for the widest.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+
+#include "cpu/isa.hpp"
+#include "cpu/low_rank_update.hpp"
+#include "cpu/output_pass.hpp"
+#include "cpu/row_norm.hpp"
+
+namespace py = pybind11;
+using Address = std::uintptr_t;
+
+namespace {
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+std::int64_t row_norm(Address weight, std::int64_t row, std::int64_t column, std::int64_t n,
+                      std::int64_t k, std::int64_t r, Address lora_A, std::int64_t a_stride,
+                      Address lora_B, std::int64_t b_stride, double scaling, double cancellation,
+                      double floor, Address known_sq, Address weight_sq, Address norm, Address lost,
+                      int threads, const std::string& isa) {
+    const auto kernel = FASTLORA_PICK(fastlora::find_isa(isa), row_norm);
+    const fastlora::RowNorm call{
+        at<const float>(weight), row, column, n, k, r,
+        at<const float>(lora_A), a_stride,
+        at<const float>(lora_B), b_stride,
+        scaling, cancellation, floor,
+        at<const double>(known_sq), at<double>(weight_sq), at<float>(norm), at<std::uint8_t>(lost)};
+    py::gil_scoped_release released;
+    return kernel(call, threads);
+}
+
+std::int64_t output_pass(Address dy, std::int64_t rows, std::int64_t columns,
+                         std::int64_t dy_stride, Address g, Address scaled, Address read,
+                         std::int64_t read_stride, Address bias, double least, double most,
+                         double hidden, Address dg, Address unread, std::int64_t r, Address c,
+                         std::int64_t c_stride, double factor, Address h, Address t,
+                         std::int64_t t_stride, Address dc, int threads, const std::string& isa) {
+    const auto kernel = FASTLORA_PICK(fastlora::find_isa(isa), output_pass);
+    const fastlora::OutputPass call{
+        at<const float>(dy), rows, columns, dy_stride,
+        at<const float>(g), at<float>(scaled),
+        at<const float>(read), read_stride, at<const float>(bias), least, most, hidden,
+        at<float>(dg), at<std::uint8_t>(unread),
+        r, at<const float>(c), c_stride, factor, at<float>(h),
+        at<const float>(t), t_stride, at<float>(dc)};
+    py::gil_scoped_release released;
+    return kernel(call, threads);
+}
+
+void low_rank_update(Address out, std::int64_t rows, std::int64_t columns, std::int64_t out_stride,
+                     Address a, std::int64_t a_stride, std::int64_t r, Address b,
+                     std::int64_t b_row, std::int64_t b_column, Address g, Address bias, int threads,
+                     const std::string& isa) {
+    const auto kernel = FASTLORA_PICK(fastlora::find_isa(isa), low_rank_update);
+    const fastlora::LowRankUpdate call{
+        at<float>(out), rows, columns, out_stride,
+        at<const float>(a), a_stride, r,
+        at<const float>(b), b_row, b_column,
+        at<const float>(g), at<const float>(bias)};
+    py::gil_scoped_release released;
+    kernel(call, threads);
+}
+
+bool same(Address one, Address other, std::size_t bytes) {
+    return std::memcmp(at<const void>(one), at<const void>(other), bytes) == 0;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "fastlora's native core";
+    module.def("isas", &fastlora::isas, "Instruction sets that this processor can run, widest last");
+    module.def("row_norm", &row_norm);
+    module.def("output_pass", &output_pass);
+    module.def("low_rank_update", &low_rank_update);
+    module.def("same", &same, "Whether as many bytes at two addresses are equal");
+}

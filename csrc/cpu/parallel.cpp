@@ -1,0 +1,74 @@
+#include "parallel.hpp"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <atomic>
+#include <thread>
+#include <vector>
+
+namespace fastlora {
+
+namespace {
+
+// The entry points that GCC's and LLVM's runtimes have in common.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+using InParallel = int (*)();
+
+struct Runtime {
+    Parallel parallel;
+    InParallel in_parallel;
+};
+
+const Runtime& runtime() {
+    static const Runtime found{
+        reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel")),
+        reinterpret_cast<InParallel>(dlsym(RTLD_DEFAULT, "omp_in_parallel")),
+    };
+    return found;
+}
+
+struct Work {
+    std::int64_t count, step;
+    void* state;
+    void (*body)(void*, std::int64_t, std::int64_t);
+    std::atomic<std::int64_t> next{0};
+
+    // Whoever comes takes the next range, so it does not matter how many threads come.
+    void run() {
+        for (std::int64_t first; (first = next.fetch_add(step)) < count;) {
+            body(state, first, std::min(first + step, count));
+        }
+    }
+};
+
+}  // namespace
+
+std::int64_t range_length(std::int64_t count, std::int64_t grain, int threads) {
+    const std::int64_t grains = (count + grain - 1) / grain;
+    const std::int64_t ranges = std::max<std::int64_t>(std::min<std::int64_t>(threads, grains), 1);
+    return std::max<std::int64_t>((grains + ranges - 1) / ranges, 1) * grain;
+}
+
+void parallel_for(std::int64_t count, std::int64_t grain, int threads, void* state,
+                  void (*body)(void*, std::int64_t, std::int64_t)) {
+    if (count <= 0) return;
+    Work work{count, range_length(count, grain, threads), state, body};
+    const unsigned ranges = static_cast<unsigned>((count + work.step - 1) / work.step);
+    const Runtime& omp = runtime();
+    if (ranges == 1 || (omp.in_parallel && omp.in_parallel())) {
+        work.run();
+        return;
+    }
+    if (omp.parallel) {
+        omp.parallel([](void* all) { static_cast<Work*>(all)->run(); }, &work,
+                     ranges, 0);
+        return;
+    }
+    std::vector<std::thread> others;
+    for (unsigned index = 1; index < ranges; ++index) others.emplace_back([&] { work.run(); });
+    work.run();
+    for (auto& other : others) other.join();
+}
+
+}  // namespace fastlora

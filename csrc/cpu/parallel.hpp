@@ -1,0 +1,25 @@
+// A loop on the threads that the process already has.
+#pragma once
+
+#include <cstdint>
+
+namespace fastlora {
+
+// Calls body(state, first, last) over [0, count) cut into at most `threads` ranges of range_length,
+// a multiple of `grain`; the last may be shorter. It runs on the pool of the OpenMP runtime that is loaded (torch's: a
+// second pool would fight for the cores with it), and without one on threads of its own.
+// A body must not throw.
+std::int64_t range_length(std::int64_t count, std::int64_t grain, int threads);
+
+void parallel_for(std::int64_t count, std::int64_t grain, int threads, void* state,
+                  void (*body)(void* state, std::int64_t first, std::int64_t last));
+
+template <class Body>
+void parallel_for(std::int64_t count, std::int64_t grain, int threads, const Body& body) {
+    parallel_for(count, grain, threads, const_cast<Body*>(&body),
+                 [](void* state, std::int64_t first, std::int64_t last) {
+                     (*static_cast<const Body*>(state))(first, last);
+                 });
+}
+
+}  // namespace fastlora

@@ -1,0 +1,63 @@
+// Products with a narrow side, summed in float32 over a run and from there in float64.
+#pragma once
+
+#include "vector.hpp"
+
+namespace fastlora::FASTLORA_ISA {
+namespace {
+
+constexpr int ROWS = LANES == 16 ? 8 : 4;  // at a time: ROWS x 2 sums fill the registers
+
+// A matrix of which vectors are loaded: rows `stride` apart, `width` of their elements used.
+struct Right {
+    const float* values;
+    std::int64_t stride, width;  // width: a multiple of LANES
+};
+
+// sums += w a for COUNT rows w of `length` elements and VECTORS vectors of a's columns.
+template <int COUNT, int VECTORS>
+void multiply(const float* const* w, const Right& a, std::int64_t column, std::int64_t length,
+              double* sums) {
+    Floats acc[COUNT][VECTORS] = {};
+    const float* row = a.values + column;
+    for (std::int64_t j = 0; j < length; ++j, row += a.stride) {
+        Floats right[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) right[v] = load(row + v * LANES);
+        for (int i = 0; i < COUNT; ++i) {
+            for (int v = 0; v < VECTORS; ++v) acc[i][v] += w[i][j] * right[v];
+        }
+    }
+    for (int i = 0; i < COUNT; ++i) {
+        for (int v = 0; v < VECTORS; ++v) {
+            double* to = sums + i * a.width + column + v * LANES;
+            store(to, load(to) + widen(acc[i][v]));
+        }
+    }
+}
+
+template <int COUNT>
+void multiply_all(const float* const* w, const Right& a, std::int64_t length, double* sums) {
+    std::int64_t column = 0;
+    for (; column + 2 * LANES <= a.width; column += 2 * LANES) {
+        multiply<COUNT, 2>(w, a, column, length, sums);
+    }
+    if (column < a.width) multiply<COUNT, 1>(w, a, column, length, sums);
+}
+
+// sums [rows, a.width] += w [rows, length] a [length, a.width].
+void add_product(const float* w, std::int64_t stride, std::int64_t rows, const Right& a,
+                 std::int64_t length, double* sums) {
+    const float* some[ROWS];
+    std::int64_t i = 0;
+    for (; i + ROWS <= rows; i += ROWS) {
+        for (int c = 0; c < ROWS; ++c) some[c] = w + (i + c) * stride;
+        multiply_all<ROWS>(some, a, length, sums + i * a.width);
+    }
+    for (; i < rows; ++i) {
+        some[0] = w + i * stride;
+        multiply_all<1>(some, a, length, sums + i * a.width);
+    }
+}
+
+}  // namespace
+}  // namespace fastlora::FASTLORA_ISA

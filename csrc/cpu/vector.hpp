@@ -1,0 +1,74 @@
+// Vectors of the width that this file's instruction set has. Included by kernel files only, which
+// are compiled once for each set: everything here has internal linkage, or the linker might hand
+// the code of one set to another.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace fastlora::FASTLORA_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef double Doubles __attribute__((vector_size(8 * LANES)));  // two registers
+
+inline Floats load(const float* from) {
+    Floats values;
+    std::memcpy(&values, from, sizeof values);
+    return values;
+}
+
+inline void store(float* to, Floats values) { std::memcpy(to, &values, sizeof values); }
+
+inline Doubles load(const double* from) {
+    Doubles values;
+    std::memcpy(&values, from, sizeof values);
+    return values;
+}
+
+inline void store(double* to, Doubles values) { std::memcpy(to, &values, sizeof values); }
+
+inline Doubles widen(Floats values) { return __builtin_convertvector(values, Doubles); }
+
+// Memory for values that are written before they are read.
+template <class T>
+class Buffer {
+public:
+    explicit Buffer(std::int64_t count) : values_(new T[static_cast<std::size_t>(count)]) {}
+    ~Buffer() { delete[] values_; }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    T* operator+(std::int64_t offset) const { return values_ + offset; }
+    T& operator[](std::int64_t index) const { return values_[index]; }
+
+private:
+    T* values_;
+};
+
+inline std::int64_t round_up(std::int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+
+inline int least(std::int64_t one, std::int64_t other) {
+    return static_cast<int>(one < other ? one : other);
+}
+
+inline void zero(double* values, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) values[i] = 0;
+}
+
+inline double sum(Doubles values) {
+    double total = 0;
+    for (int lane = 0; lane < LANES; ++lane) total += values[lane];
+    return total;
+}
+
+}  // namespace
+}  // namespace fastlora::FASTLORA_ISA

@@ -1,0 +1,103 @@
+"""The eager form with PyTorch's faster products, and natively what stands between them.
+
+The large products need no help. The narrow ones, the scales and the sums over columns are bound by
+memory: y and dY are gone through once for all of them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastlora.ops import backend
+from fastlora.ops.adapter_linear import eager, onednn
+from fastlora.ops.adapter_linear.contract import legible
+from fastlora.ops.adapter_linear.eager import Linear, Passed
+from fastlora.ops.library import address, core, with_rows
+
+_core = core()
+_BOUNDS = legible(torch.float32)
+_NARROW = 64  # ranks up to which the native products keep up with a GEMM library's
+
+draw_seed = eager.draw_seed
+linear = onednn.linear if backend.multiplies_with_onednn() else eager.aten_linear
+
+
+def update(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    isa: str = "",
+) -> None:
+    """See ``eager.Update``. ``isa``: one of the core's instruction sets, for tests."""
+    if a.shape[1] > _NARROW or out.stride(1) != 1:
+        return eager.add_product(out, a, b, scale, bias)
+    a = with_rows(a)
+    scale = None if scale is None else scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    _core.low_rank_update(
+        out.data_ptr(), *out.shape, out.stride(0), a.data_ptr(), a.stride(0), a.shape[1],
+        b.data_ptr(), *b.stride(), address(scale), address(bias), torch.get_num_threads(), isa,
+    )  # fmt: skip
+
+
+def output_pass(
+    dy: Tensor,
+    lora_B: Tensor | None,
+    t: Tensor | None,
+    factor: float,
+    linear: Linear,
+    *,
+    out_scale: Tensor | None = None,
+    need_dy: bool = True,
+    read: Tensor | None = None,
+    bias: Tensor | None = None,
+    is_y: bool = True,
+    isa: str = "",
+) -> Passed:
+    """See ``eager.OutputPass``; ``isa`` as above. Products of a larger rank go to ``linear``."""
+    m, n = dy.shape
+    known = lora_B if lora_B is not None else t
+    r = 0 if known is None else known.shape[1]
+    narrow = 0 < r <= _NARROW
+    options = {"out_scale": out_scale, "need_dy": need_dy, "read": read, "bias": bias, "is_y": is_y}
+    # the address of an empty tensor is the null pointer
+    if dy.numel() == 0 or not narrow and out_scale is None:
+        return eager.read_output(dy, lora_B, t, factor, linear, **options)
+    dy = with_rows(dy)
+    c = with_rows(lora_B) if narrow and lora_B is not None else None
+    left = with_rows(t) if narrow and t is not None else None
+    own = torch.empty(m, n) if out_scale is not None and need_dy else None
+    h = None if c is None else torch.empty(m, r)
+    dC = None if left is None else torch.empty(n, r)
+    dg = unread = None
+    if out_scale is not None:
+        out_scale = out_scale.contiguous()
+    if read is not None:
+        read = with_rows(read)
+        bias = None if bias is None else bias.contiguous()
+        dg = torch.empty(n)
+        unread = torch.empty(n, dtype=torch.bool) if is_y else None
+    count = _core.output_pass(
+        dy.data_ptr(), m, n, dy.stride(0), address(out_scale), address(own),
+        address(read), 0 if read is None else read.stride(0), address(bias), *_BOUNDS,
+        address(dg), address(unread),
+        r, address(c), 0 if c is None else c.stride(0), factor, address(h),
+        address(left), 0 if left is None else left.stride(0), address(dC),
+        torch.get_num_threads(), isa,
+    )  # fmt: skip
+    own = dy if own is None else own
+    if not narrow:
+        _, h, dC, _, _ = eager.read_output(own, lora_B, t, factor, linear)
+    return Passed(own, h, dC, dg, unread if count else None)
+
+
+_better = {"linear": linear, "update": update, "output_pass": output_pass}
+forward = partial(eager.forward, linear=linear, update=update)
+backward = partial(eager.backward, **_better)
+scaled_forward = partial(eager.scaled_forward, linear=linear, update=update)
+scaled_backward = partial(eager.scaled_backward, **_better)

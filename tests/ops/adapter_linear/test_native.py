@@ -1,0 +1,146 @@
+"""The native steps against their formulas in float64, on every instruction set there is here."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastlora.ops import library
+
+if library.missing():
+    pytest.skip(library.missing(), allow_module_level=True)
+
+from fastlora.ops.adapter_linear import eager, native
+
+ISAS = library.core().isas()
+ROWS = st.sampled_from([0, 1, 3, 64, 65, 200])
+COLUMNS = st.sampled_from([1, 5, 16, 31, 96, 97, 250])
+RANKS = st.sampled_from([1, 4, 16, 17, 64])
+SMALL = 2e-6  # of the sum of the terms' sizes
+
+
+def draw(*shape, seed=0, columns=False):
+    """Values of size one; ``columns``: with contiguous columns."""
+    generator = torch.Generator().manual_seed(seed)
+    if columns:
+        return torch.randn(*shape[::-1], generator=generator).t()
+    return torch.randn(*shape, generator=generator)
+
+
+def close(got, exact, size):
+    """Within rounding of float32 sums whose terms' sizes add up to ``size``."""
+    return got.dtype == torch.float32 and bool(((got - exact).abs() <= SMALL * size + 1e-30).all())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@given(m=ROWS, n=COLUMNS, r=RANKS, scale=st.booleans(), bias=st.booleans(), layout=st.booleans())
+def test_update(isa, m, n, r, scale, bias, layout):
+    out, a, b = draw(m, n), draw(m, r, seed=1, columns=layout), draw(r, n, seed=2, columns=layout)
+    g = draw(n, seed=3) if scale else None
+    shift = draw(n, seed=4) if bias else None
+    factor = 1.0 if g is None else g.double()
+    added = 0.0 if shift is None else shift.double()
+    exact = (out.double() + a.double() @ b.double()) * factor + added
+    size = (out.double().abs() + a.double().abs() @ b.double().abs()) * abs(factor) + abs(added)
+    native.update(out, a, b, g, shift, isa=isa)
+    assert close(out, exact, size)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@given(
+    m=ROWS,
+    n=COLUMNS,
+    r=RANKS,
+    has=st.sampled_from(["h", "dC", "both", "neither"]),
+    scale=st.sampled_from(["none", "y", "y and bias", "z", "no dg"]),
+    layout=st.booleans(),
+)
+def test_output_pass(isa, m, n, r, has, scale, layout):
+    if has == "neither" and scale == "none":
+        return
+    dy, y = draw(m, n, columns=layout), draw(m, n, seed=1, columns=layout)
+    c = draw(n, r, seed=2, columns=layout) if has in ("h", "both") else None
+    t = draw(m, r, seed=3, columns=layout) if has in ("dC", "both") else None
+    g = None if scale == "none" else draw(n, seed=4).abs() + 0.5
+    bias = draw(n, seed=5) if scale == "y and bias" else None
+    read = y if scale in ("y", "y and bias", "z") else None
+    options = {"out_scale": g, "read": read, "bias": bias, "is_y": scale != "z"}
+    before = dy.clone()
+    got = native.output_pass(dy, c, t, 0.7, eager.aten_linear, **options, isa=isa)
+    assert torch.equal(dy, before)
+    own = dy.double() if g is None else dy.double() * g
+    assert (got.h is None) == (c is None) and (got.dC is None) == (t is None)
+    assert (got.dg is None) == (read is None)
+    assert got.unread is None or m == 0  # where y says nothing of a bias
+    assert (got.dy is dy) if g is None else close(got.dy, own, own.abs())
+    if c is not None:
+        assert close(got.h, 0.7 * own @ c.double(), own.abs() @ c.double().abs())
+    if t is not None:
+        assert close(got.dC, own.t() @ t.double(), own.abs().t() @ t.double().abs())
+    if read is not None:
+        z = y.double() - (0.0 if bias is None else bias)
+        over = 1.0 if scale == "z" else g.double()
+        size = (dy.double() * z).abs().sum(0) + (dy.double() * y).abs().sum(0)
+        assert close(got.dg, (dy.double() * z).sum(0) / over, size / over)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_columns_that_y_does_not_show_are_named_as_by_the_eager_form(isa):
+    m, n = 70, 101
+    g = torch.ones(n)
+    g[[3, 50, 99]] = torch.tensor([0.0, float("nan"), float("inf")])
+    g[[7, 100]] = torch.tensor([2.0**-61, -(2.0**61)])
+    bias = torch.zeros(n)
+    bias[[20, 98]] = torch.tensor([1e6, -1e4])
+    for shift in (None, bias):
+        y = draw(m, n, seed=1) + (0.0 if shift is None else shift)
+        options = {"out_scale": g, "read": y, "bias": shift}
+        dy = draw(m, n)
+        got = native.output_pass(dy, None, None, 1.0, eager.aten_linear, **options, isa=isa)
+        expected = eager.read_output(dy, None, None, 1.0, eager.aten_linear, **options)
+        assert torch.equal(got.unread, expected.unread)
+        assert got.unread.sum() == (5 if shift is None else 7)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_no_unwritten_memory_is_read(isa, poison):
+    dy, c, t = draw(33, 101), draw(101, 5, seed=1), draw(33, 5, seed=2)
+    options = {"out_scale": draw(101, seed=3), "read": draw(33, 101, seed=4)}
+    got = native.output_pass(dy, c, t, 1.0, eager.aten_linear, **options, isa=isa)
+    for tensor in got[:4]:
+        assert torch.isfinite(tensor).all()
+
+
+def test_a_rank_beyond_the_native_products_goes_to_the_library(monkeypatch):
+    used = []
+
+    def linear(a, b, bias=None):
+        used.append(b.shape)
+        return eager.aten_linear(a, b, bias)
+
+    dy, c, t, g = draw(20, 30), draw(30, 65, seed=1), draw(20, 65, seed=2), draw(30, seed=3)
+    got = native.output_pass(dy, c, t, 2.0, linear, out_scale=g)
+    assert len(used) == 2
+    own = dy.double() * g
+    assert close(got.h, 2 * own @ c.double(), own.abs() @ c.double().abs() * 2)
+    assert close(got.dC, own.t() @ t.double(), own.abs().t() @ t.double().abs())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_any_number_of_threads_gives_the_sums(threads):
+    was = torch.get_num_threads()
+    dy, c, t = draw(150, 700), draw(700, 16, seed=1), draw(150, 16, seed=2)
+    exact = dy.double() @ c.double()
+    torch.set_num_threads(threads)
+    try:
+        first = native.output_pass(dy, c, t, 1.0, eager.aten_linear)
+        second = native.output_pass(dy, c, t, 1.0, eager.aten_linear)
+    finally:
+        torch.set_num_threads(was)
+    assert torch.equal(first.h, second.h) and torch.equal(first.dC, second.dC)
+    assert close(first.h, exact, dy.double().abs() @ c.double().abs())
+
+
+def test_an_unknown_instruction_set_is_refused():
+    with pytest.raises(ValueError, match="cannot run 'sse9'"):
+        native.update(draw(2, 3), draw(2, 1), draw(1, 3), isa="sse9")
