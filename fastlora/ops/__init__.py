@@ -3,14 +3,19 @@
 from fastlora.ops.adapter_group import Member, adapter_group
 from fastlora.ops.adapter_linear import adapter_linear
 from fastlora.ops.explain import OPERATIONS, explain
+from fastlora.ops.low_rank_svd import LowRankSVD, ProductSVD, svd_lowrank, svd_product
 from fastlora.ops.weight_norm import WeightNormCache, weight_norm
 
 __all__ = [
     "OPERATIONS",
+    "LowRankSVD",
     "Member",
+    "ProductSVD",
     "WeightNormCache",
     "adapter_group",
     "adapter_linear",
     "explain",
+    "svd_lowrank",
+    "svd_product",
     "weight_norm",
 ]
