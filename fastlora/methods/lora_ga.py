@@ -61,9 +61,9 @@ class LoRAGAConfig:
                     f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}"
                 )
         if self.scale not in SCALES[self.variant]:
-            known = ", ".join(SCALES[self.variant])
+            scales = ", ".join(SCALES[self.variant])
             raise ValueError(
-                f"scale of variant '{self.variant}' must be one of {known}, not {self.scale!r}"
+                f"scale of variant '{self.variant}' must be one of {scales}, not {self.scale!r}"
             )
         check_number("stable_gamma", self.stable_gamma)
         if not self.stable_gamma > 0:
