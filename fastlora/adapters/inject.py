@@ -28,9 +28,9 @@ def inject(model: nn.Module, config: AdapterConfig) -> Report:
 
     ``config`` is a ``LoRAConfig``, an ``AdaLoRAConfig`` or a ``VeRAConfig``. A start that takes
     its part out of the base weights (init_lora_weights="pissa") writes them once, at the end, in
-    their dtype, and until then keeps copies in host memory; models that share those tensors change
-    with them. ``save_adapter`` writes the difference to the weights as they were, and ``unload``
-    puts the part back.
+    their dtype, and until then keeps copies in host memory; models that share those parameters
+    change with them. ``save_adapter`` writes the difference to the weights as they were, and
+    ``unload`` puts the part back.
 
     Returns a report of what was adapted and what was not, each with its reason.
 
