@@ -36,6 +36,10 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the model's adapter to ``folder`` so that both fastlora and peft can load it.
 
+    After PiSSA or LoRA-GA, which took sB₀A₀ out of the base weights, that is the difference to the
+    weights as they were, as an adapter of r more ranks (peft's conversion): A' = [A; A₀],
+    B' = [B, −B₀], and α such that s stays. Load it over the original base.
+
     Files are written beside their places and then renamed, so that a crash leaves old ones whole.
 
     Raises ValueError if the model has no adapter of ours, a non-finite one, or one that peft has
@@ -176,6 +180,11 @@ def _check_same(found: list[tuple[str, AdaptedLayer]], config: AdapterConfig) ->
     for name, layer in found:
         if layer.merged:
             raise ValueError(f"{name} is merged; unmerge the model before loading")
+        if getattr(layer, "start", None) is not None:
+            raise ValueError(
+                f"{name}'s base weight is what its start (PiSSA or LoRA-GA) left of it, and files "
+                "are made for the original; load it into a model without adapter"
+            )
         mine, file = settings(layer), settings_of(config, name)
         if mine.keys() != file.keys():
             raise ValueError(

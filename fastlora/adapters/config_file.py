@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -22,12 +23,14 @@ from fastlora.adapters.config import (
     names_module,
 )
 from fastlora.adapters.view import plain_modules
-from fastlora.nn import AdaLoRALinear, AdaptedLayer, VeRALinear
+from fastlora.nn import AdaLoRALinear, AdaptedLayer, LoRALinear, VeRALinear
 
 CONFIG_NAME = "adapter_config.json"
 
 # Options of ours that say how an adapter is trained, not what it computes: peft has no such fields.
 _UNWRITTEN = {"dora_simple", "dora_keep_output", "use_lora_fa"}
+# An option of ours that a file does not bring along: its tensors replace whatever a start gives.
+_UNREAD = {"init_lora_weights"}
 # Entries of a configuration that say nothing about how the layers compute.
 _DESCRIPTIVE = {
     "peft_type",
@@ -75,7 +78,7 @@ def read_config(folder: str | os.PathLike[str]) -> AdapterConfig:
             f"{path}: init_lora_weights={raw['init_lora_weights']!r} belongs with base weights or "
             "layers changed to fit it; load the adapter with peft, or save its difference form"
         )
-    known = {f.name for f in fields(kind)} - _UNWRITTEN
+    known = {f.name for f in fields(kind)} - _UNWRITTEN - _UNREAD
     silent = known | _DESCRIPTIVE | _UNUSED.get(kind.peft_type, set())
     for option, value in raw.items():
         if option not in silent and value not in (None, False, "none", [], {}, ""):
@@ -164,20 +167,28 @@ def _kind(layer: AdaptedLayer) -> str:
 
 
 def _lora(found: list[tuple[str, Any]]) -> dict[str, Any]:
-    r = _most_common(layer.r for _, layer in found)
-    alpha = _most_common(layer.lora_alpha for _, layer in found)
+    written = {name: _written(layer) for name, layer in found}
+    r = _most_common(rank for rank, _ in written.values())
+    alpha = _most_common(alpha for _, alpha in written.values())
     seen = [settings(layer) for _, layer in found]
     return {
         "r": r,
         "lora_alpha": alpha,
         "lora_dropout": _most_common(layer.lora_dropout for _, layer in found),
-        "rank_pattern": {_only(name): layer.r for name, layer in found if layer.r != r},
-        "alpha_pattern": {
-            _only(name): layer.lora_alpha for name, layer in found if layer.lora_alpha != alpha
-        },
+        "rank_pattern": {_only(name): own for name, (own, _) in written.items() if own != r},
+        "alpha_pattern": {_only(name): own for name, (_, own) in written.items() if own != alpha},
         "init_lora_weights": True,
         **{name: _same(name, seen) for name in ("use_rslora", "use_dora", "lora_bias")},
     }
+
+
+def _written(layer: Any) -> tuple[int, float]:
+    """(r, α) of what ``saved`` gives: of more ranks after PiSSA or LoRA-GA, with the same s."""
+    if not isinstance(layer, LoRALinear) or layer.start is None:
+        return layer.r, layer.lora_alpha
+    rank = layer.saved_rank()
+    ratio = rank / layer.r
+    return rank, layer.lora_alpha * (math.sqrt(ratio) if layer.use_rslora else ratio)
 
 
 def _adalora(found: list[tuple[str, Any]]) -> dict[str, Any]:

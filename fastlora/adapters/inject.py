@@ -7,13 +7,14 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from fastlora.adapters.config import AdapterConfig
+from fastlora.adapters.config import AdapterConfig, LoRAConfig
 from fastlora.adapters.groups import find_groups, partners
 from fastlora.adapters.kinds import build
 from fastlora.adapters.report import Report, Row
+from fastlora.adapters.starts import Taken, pissa, taken_out
 from fastlora.adapters.targets import find_targets
 from fastlora.adapters.view import is_peft_layer, unwrap
-from fastlora.nn import AdaptedLayer
+from fastlora.nn import AdaptedLayer, LoRALinear
 from fastlora.nn.adapted_linear import AdaptedLinear
 from fastlora.nn.group import InputGroup
 
@@ -25,19 +26,24 @@ def inject(model: nn.Module, config: AdapterConfig) -> Report:
     every key of the base's state dict stays. Linears that read one input (q, k and v; gate and up)
     are computed together.
 
-    ``config`` is a ``LoRAConfig``, an ``AdaLoRAConfig`` or a ``VeRAConfig``.
+    ``config`` is a ``LoRAConfig``, an ``AdaLoRAConfig`` or a ``VeRAConfig``. A start that takes
+    its part out of the base weights (init_lora_weights="pissa") writes them once, at the end, in
+    their dtype, and until then keeps copies in host memory; models that share those parameters
+    change with them. ``save_adapter`` writes the difference to the weights as they were, and
+    ``unload`` puts the part back.
 
     Returns a report of what was adapted and what was not, each with its reason.
 
     Raises ValueError, before anything has changed, if the configuration matches nothing, names a
-    layer that cannot be adapted, or if the model carries an adapter already.
+    layer that cannot be adapted, or if the model carries an adapter already; for PiSSA also if a
+    weight is not finite, smaller than the rank, or shared with another module.
     """
     with prepared(model, config) as plan:
         return plan.place()
 
 
 class Plan:
-    """Adapted layers for a model, not yet in it."""
+    """Adapted layers for a model, not yet in it, and what they are to take out of its weights."""
 
     def __init__(self, model: nn.Module, config: AdapterConfig) -> None:
         self.placed = False
@@ -47,14 +53,46 @@ class Plan:
         self.layers: dict[str, AdaptedLayer] = {
             target.name: layer for target, layer in zip(self._targets, built, strict=True)
         }
+        self.starts: list[Taken] = []
+        if isinstance(config, LoRAConfig) and config.pissa:
+            self.starts = pissa(self.startable(), config.pissa_niter)
+
+    def startable(self) -> dict[str, LoRALinear]:
+        """The layers, all of them linears whose weights may change.
+
+        Raises ValueError for a layer of another kind, and for a weight that is not one linear's.
+        """
+        owners: dict[int, set[str]] = {}
+        for name, module in self._model.named_modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    owners.setdefault(id(parameter), set()).add(name or "the model itself")
+        found = {}
+        for name, layer in self.layers.items():
+            if not isinstance(layer, LoRALinear):
+                raise ValueError(f"{name} is no linear, and only linears can be started so")
+            if tied := owners[id(layer.weight)] - {name}:
+                raise ValueError(
+                    f"{name} shares its weight with {', '.join(sorted(tied))}, which would change "
+                    "with it; exclude it by exclude_modules"
+                )
+            found[name] = layer
+        return found
 
     def place(self) -> Report:
         """Put the layers into the model and freeze the rest."""
         self._model.requires_grad_(False)
-        for target in self._targets:
-            for parent, attribute in target.places:
-                setattr(parent, attribute, self.layers[target.name])
-        self.placed = True
+        with taken_out(self.starts):
+            try:
+                for target in self._targets:
+                    for parent, attribute in target.places:
+                        setattr(parent, attribute, self.layers[target.name])
+                self.placed = True
+            except BaseException:
+                for target in self._targets:
+                    for parent, attribute in target.places:
+                        setattr(parent, attribute, target.module)
+                raise
         together = self._group()
         report = Report(skipped=self._skipped)
         for name, layer in self.layers.items():
@@ -101,7 +139,8 @@ def prepared(model: nn.Module, config: AdapterConfig) -> Iterator[Plan]:
 
 def unload(model: nn.Module) -> None:
     """Put plain layers back, in place: merged weights stay merged, adapters that are not merged
-    are dropped.
+    are dropped, and what PiSSA or LoRA-GA had taken out of a weight for them returns into it, which
+    is then to within a rounding what it was.
 
     Raises ValueError if the model has no adapter of ours.
     """
@@ -111,6 +150,8 @@ def unload(model: nn.Module) -> None:
         if not isinstance(module, AdaptedLayer):
             continue
         if id(module) not in replaced:
+            if not module.merged:
+                module.put_back()
             replaced[id(module)] = module.plain()
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, replaced[id(module)])

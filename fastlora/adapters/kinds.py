@@ -33,6 +33,8 @@ def refusal(config: AdapterConfig, name: str, module: nn.Module) -> str | None:
     """Why this configuration cannot adapt this module, as a sentence; None if it can."""
     if not isinstance(config, LoRAConfig):
         return cannot_adapt(module, nn.Linear)
+    if config.pissa and isinstance(module, (nn.Embedding, *CONVOLUTIONS)):
+        return "PiSSA starts linears only, in peft too"
     if isinstance(module, nn.Embedding):
         if config.lora_bias:
             return "embeddings have no lora_bias, in peft neither"

@@ -51,8 +51,15 @@ class AdaptedLayer(nn.Module):
         """What the layer computes without its adapter."""
         raise NotImplementedError
 
+    def original_forward(self, x: Tensor) -> Tensor:
+        """What the layer computed before it was adapted."""
+        return self.base_forward(x)
+
     def adapted_forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def put_back(self) -> None:
+        """Give the base weight what the adapter took out of it when it started, if it did."""
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """The adapter's own parameters by the ends of their keys in peft's files."""
@@ -90,9 +97,9 @@ class AdaptedLayer(nn.Module):
     # --- what they share -----------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged or not self.enabled:
+        if self.merged:
             return self.base_forward(x)
-        return self.adapted_forward(x)
+        return self.adapted_forward(x) if self.enabled else self.original_forward(x)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora.nn import start as starts
 from fastlora.nn.adapted import (
     adapter_dtype_over,
     check_dropout,
@@ -17,6 +18,7 @@ from fastlora.nn.adapted import (
 )
 from fastlora.nn.adapted_linear import AdaptedLinear, parameters_of
 from fastlora.nn.dora import Magnitude
+from fastlora.nn.start import Start
 from fastlora.ops.adapter_group import Member
 
 
@@ -37,7 +39,12 @@ class LoRALinear(AdaptedLinear):
     output for m's gradient, which backward computes again (no effect under dropout). With
     ``use_lora_fa`` (2308.03303) A is frozen, and no input is kept for backward. ``lora_bias`` gives
     B a bias [N], added times s.
+
+    ``start``: what PiSSA or LoRA-GA took out of the weight at the beginning (None otherwise). It is
+    no buffer and stays on the CPU, and is in the layer's state dict.
     """
+
+    start: Start | None = None
 
     def __init__(
         self,
@@ -134,8 +141,63 @@ class LoRALinear(AdaptedLinear):
             found["lora_magnitude_vector"] = self.lora_magnitude_vector.weight
         return found
 
+    def saved(self) -> dict[str, Tensor]:
+        """``tensors``, or what they are to the weight before a ``start`` was taken out of it: with
+        A' = [A; A₀] and B' = [B, −B₀] W₀ + s·B'A' is this layer's weight."""
+        found: dict[str, Tensor] = dict(self.tensors())
+        if self.start is not None:
+            A, B = self.lora_A.weight.detach(), self.lora_B.weight.detach()
+            A_0, B_0 = self.start.on(A.device, A.dtype)
+            found["lora_A.weight"] = torch.cat((A, A_0))
+            found["lora_B.weight"] = torch.cat((B, -B_0), 1)
+        return found
+
+    def saved_rank(self) -> int:
+        """The rank of ``saved``."""
+        return self.r + (0 if self.start is None else self.start.r)
+
+    def original_forward(self, x: Tensor) -> Tensor:
+        y = self.base_forward(x)
+        if self.start is None:
+            return y
+        A_0, B_0 = self.start.on(x.device, self.lora_A.weight.dtype)
+        return (y + (x.to(A_0.dtype) @ A_0.t() * self.scaling) @ B_0.t()).to(y.dtype)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        if self.start is None:
+            return
+        if self.merged:
+            raise RuntimeError("the adapter is merged; unmerge it first")
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        A_0, B_0 = self.start.on(self.weight.device, wide)
+        self.weight.copy_(torch.addmm(self.weight.to(wide), B_0, A_0, alpha=self.scaling))
+        self.start = None
+
     def summary(self) -> str:
         return lora_summary(self)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        starts.write(self.start, destination, prefix)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        shape = (self.out_features, self.in_features)
+        self.start = starts.read(
+            self.start, shape, state_dict, prefix, missing_keys, unexpected_keys, error_msgs
+        )
 
     def cannot_merge(self) -> str | None:
         if self.lora_B.bias is not None and self.bias is None:

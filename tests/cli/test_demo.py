@@ -64,7 +64,9 @@ def test_the_whole_path(via, tiny_model, text_file, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("via", ["inject", "accelerate"])
-@pytest.mark.parametrize("method", [name for name in NAMES if name != "lora"])
+@pytest.mark.parametrize(
+    "method", [name for name in NAMES if name != "lora" and not METHODS[name].own_start]
+)
 def test_every_method_beside_pefts(method, via, tiny_model, text_file, tmp_path, capsys):
     words = ["--method", method, "--via", via, "--lr", "1e-2"]
     assert run(tiny_model, text_file, tmp_path, *words) == 0
@@ -74,6 +76,38 @@ def test_every_method_beside_pefts(method, via, tiny_model, text_file, tmp_path,
     assert len(set(result["fastlora"]["loss"])) == 3
     assert f"{METHODS[method].title} r 4" in printed
     assert (result["alpha"] is None) == (method == "vera")
+
+
+@pytest.mark.parametrize("method", ["pissa", "lora_ga"])
+def test_methods_with_a_start_of_their_own(method, tiny_model, text_file, tmp_path, capsys):
+    """They begin at the base's function as peft does, leave the base to the round trip, and say
+    that losses then differ."""
+    assert METHODS[method].own_start
+    assert run(tiny_model, text_file, tmp_path, "--method", method, "--lr", "1e-2") == 0
+    result, printed = read(tmp_path), capsys.readouterr().out
+    assert result["failures"] == [] and result["adapter_on_disk_is_equal"]
+    assert result["base_unchanged"] and result["roundtrip_max_abs"] <= 1e-4
+    assert result["fastlora"]["loss"][0] == pytest.approx(result["peft"]["loss"][0], rel=1e-5)
+    assert result["eval_loss_before"] == pytest.approx(result["peft"]["eval_loss_before"], rel=1e-5)
+    assert result["eval_loss_after"] < result["eval_loss_before"]
+    assert METHODS[method].own_start in " ".join(printed.split())
+    if method == "pissa":  # the same principal part, to what two decompositions find of it
+        assert result["fastlora"]["loss"] == pytest.approx(result["peft"]["loss"], rel=1e-2)
+
+
+def test_a_wrong_start_fails_the_command(tiny_model, text_file, tmp_path, capsys, monkeypatch):
+    from fastlora.adapters import starts
+
+    residual = starts.Taken.residual
+    monkeypatch.setattr(starts.Taken, "residual", lambda self: residual(self) * 1.1)
+    assert run(tiny_model, text_file, tmp_path, "--method", "pissa") == 1
+    assert "FAILED: fastlora's first loss differs from peft's" in capsys.readouterr().err
+
+
+def test_a_start_of_its_own_is_injected(tiny_model, text_file, tmp_path, capsys):
+    words = ["--method", "pissa", "--via", "accelerate"]
+    assert run(tiny_model, text_file, tmp_path, *words) == 2
+    assert "--via inject" in capsys.readouterr().err
 
 
 def test_the_names_are_those_of_the_methods():

@@ -16,7 +16,7 @@ from fastlora.cli.errors import UserError, near
 from fastlora.ops.backend import NAMES as BACKEND_NAMES
 
 # those of methods.METHODS, which needs torch to be imported
-NAMES = ("lora", "rslora", "dora", "vera", "adalora", "lora_fa", "lora_pro")
+NAMES = ("lora", "rslora", "dora", "vera", "adalora", "lora_fa", "lora_pro", "pissa", "lora_ga")
 
 DTYPES = ("float32", "bfloat16", "float16")
 SAMPLE_TOKENS = 40
@@ -142,6 +142,11 @@ def run(arguments: argparse.Namespace) -> int:
     from fastlora.cli.demo import contest, data, methods, model, report
 
     method = methods.METHODS[arguments.method]
+    if method.own_start and arguments.via == "accelerate":
+        raise UserError(
+            f"--method {arguments.method} starts fastlora's own layers, and saves them in a form "
+            "that peft has to be told of: --via inject"
+        )
     arguments.rank = arguments.rank or method.rank
     arguments.lr = arguments.lr or method.lr
     device = _device(arguments.device)
@@ -163,13 +168,13 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.backend,
     )
     before = model.fingerprint(base)
-    contestants, fused = contest.enter(base, recipe, arguments.seed)
+    training = [batch.to(device) for batch in batches.training]
+    contestants, fused = contest.enter(base, recipe, arguments.seed, training)
     rival, ours = contestants[contest.PEFT], contestants[contest.FASTLORA]
     _say(f"{len(fused.fused)} layers adapted, {len(fused.skipped)} left as they were")
 
     _say("measuring memory, and the held-out loss before training")
     held_out = [batch.to(device) for batch in batches.held_out]
-    training = [batch.to(device) for batch in batches.training]
     contest.measure_memory(list(contestants.values()), training[0], device)
     for contestant in (rival, ours):
         contestant.eval_loss_before = contest.evaluate(contestant, held_out)
@@ -280,6 +285,7 @@ def _conditions(
         "model": model,
         "data": data,
         "method": method.title,
+        "own_start": method.own_start,
         "via": arguments.via,
         "backend": backend,
         "rank": arguments.rank,

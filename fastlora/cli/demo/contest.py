@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import math
 import sys
@@ -17,12 +18,13 @@ import torch
 from torch import Tensor
 
 import fastlora
-from fastlora.adapters import Report, inject, layers, save_adapter
+from fastlora.adapters import Report, layers, save_adapter
 from fastlora.adapters.view import AdapterLayer
 from fastlora.cli.demo import memory
 from fastlora.cli.demo.methods import Recipe
 from fastlora.cli.demo.model import share
 from fastlora.cli.errors import UserError
+from fastlora.nn import AdaptedLayer
 
 FROZEN, PEFT, FASTLORA = "frozen", "peft", "fastlora"
 
@@ -48,14 +50,18 @@ class Contestant:
     eval_loss_after: float | None = None
 
 
-def enter(base: Any, recipe: Recipe, seed: int) -> tuple[dict[str, Contestant], Report]:
-    """The three contestants over one set of base weights, with equal initial adapters.
+def enter(
+    base: Any, recipe: Recipe, seed: int, training: list[Tensor]
+) -> tuple[dict[str, Contestant], Report]:
+    """The three contestants over one set of base weights, with equal initial adapters; each over
+    its own where the method's start changes them.
 
     Raises UserError where peft adapts layers of this model that fastlora does not.
     """
     torch.manual_seed(seed)
-    rival = _with_peft(base, recipe)
-    ours, report = _with_fastlora(base, recipe)
+    own_start = recipe.method.own_start is not None
+    rival = _with_peft(copy.deepcopy(base) if own_start else base, recipe)
+    ours, report = _with_fastlora(copy.deepcopy(base) if own_start else base, recipe, training)
     theirs_by_name = {layer.name: layer for layer in layers(rival)}
     ours_by_name = {layer.name: layer for layer in layers(ours)}
     if missing := sorted(theirs_by_name.keys() ^ ours_by_name.keys()):
@@ -64,7 +70,7 @@ def enter(base: Any, recipe: Recipe, seed: int) -> tuple[dict[str, Contestant], 
             f"cannot be compared: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}"
         )
     with torch.no_grad():
-        for name, layer in ours_by_name.items():
+        for name, layer in ({} if own_start else ours_by_name).items():
             for part, tensor in layer.tensors.items():
                 tensor.copy_(theirs_by_name[name].tensors[part])
 
@@ -98,26 +104,23 @@ def load(base: Any, folder: Path) -> Contestant:
 
 
 def same_adapter(one: Contestant, other: Contestant) -> bool:
-    """Whether two models carry bit-equal adapters on the same layers."""
+    """Whether the second model carries just the adapters that are saved of the first, bit for
+    bit."""
     first, second = ({layer.name: layer for layer in layers(c.model)} for c in (one, other))
-    tensors = [
-        {name: _left_by_the_mask(layer) for name, layer in each.items()} for each in (first, second)
-    ]
+    saved = {name: _saved(layer) for name, layer in first.items()}
     return first.keys() == second.keys() and all(
-        tensors[0][name].keys() == tensors[1][name].keys()
-        and all(torch.equal(t, tensors[1][name][part]) for part, t in tensors[0][name].items())
+        saved[name].keys() == second[name].tensors.keys()
+        and all(torch.equal(t, second[name].tensors[part]) for part, t in saved[name].items())
         # of no ranks there is no scaling
-        and (layer.r == 0 or second[name].r == 0 or _alike(layer.scaling, second[name].scaling))
+        and (second[name].r == 0 or math.isclose(layer.scaling, second[name].scaling, rel_tol=1e-6))
         for name, layer in first.items()
     )
 
 
-def _alike(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=1e-6)
-
-
-def _left_by_the_mask(layer: AdapterLayer) -> dict[str, Tensor]:
-    """The layer's tensors; of AdaLoRA's those that are saved: a file has no masked triplets."""
+def _saved(layer: AdapterLayer) -> dict[str, Tensor]:
+    """What a file has of the layer: neither AdaLoRA's masked triplets nor what a start took out."""
+    if isinstance(layer.module, AdaptedLayer):
+        return dict(layer.module.saved())
     if layer.method != "ADALORA":
         return dict(layer.tensors)
     kept = layer.tensors["lora_E"].flatten() != 0
@@ -145,7 +148,7 @@ def _with_peft(base: Any, recipe: Recipe) -> Any:
         return peft.get_peft_model(share(base), config)
 
 
-def _with_fastlora(base: Any, recipe: Recipe) -> tuple[Any, Report]:
+def _with_fastlora(base: Any, recipe: Recipe, training: list[Tensor]) -> tuple[Any, Report]:
     if recipe.via == "accelerate":
         model = _with_peft(base, recipe)
         report = fastlora.accelerate(model)
@@ -154,7 +157,7 @@ def _with_fastlora(base: Any, recipe: Recipe) -> tuple[Any, Report]:
             raise UserError(f"no layer of the peft model can be accelerated: {reason}")
         return model, report
     model = share(base)
-    return model, inject(model, recipe.method.ours(recipe))
+    return model, recipe.method.put_in(model, recipe.method.ours(recipe), training)
 
 
 def _optimizer(model: Any, recipe: Recipe, by_peft: bool = False) -> torch.optim.Optimizer:

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastlora.adapters import AdaLoRAConfig, AdapterConfig, LoRAConfig, VeRAConfig
-from fastlora.methods import AdaLoRA, LoRAFA, LoRAPro, orthogonal_regulariser
+from fastlora.adapters import (
+    AdaLoRAConfig,
+    AdapterConfig,
+    LoRAConfig,
+    Report,
+    VeRAConfig,
+    inject,
+)
+from fastlora.methods import AdaLoRA, LoRAFA, LoRAPro, lora_ga, orthogonal_regulariser
 
 ALL_LINEAR: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def _inject(model: nn.Module, config: AdapterConfig, batches: Sequence[Tensor]) -> Report:
+    return inject(model, config)
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,10 @@ class Method:
     ``ours`` and ``theirs`` make the configurations. ``around_steps`` is attached to a model and
     its optimizer, on both sides unless ``around_peft_steps`` is peft's own way; ``beside`` is what
     our loss has beside the model's, where peft's model adds it itself.
+
+    ``own_start``: where our adapters do not start as copies of peft's, what they start as and what
+    peft's are, as a sentence; the base weights then change at the start, and each side gets its
+    own. ``put_in`` puts ours into a model, from its configuration and batches of the training.
     """
 
     title: str
@@ -35,6 +50,8 @@ class Method:
     around_steps: Callable[[nn.Module, torch.optim.Optimizer], object] | None = None
     around_peft_steps: Callable[[nn.Module, torch.optim.Optimizer], object] | None = None
     beside: Callable[[nn.Module], Tensor] | None = None
+    own_start: str | None = None
+    put_in: Callable[[nn.Module, Any, Sequence[Tensor]], Report] = _inject
 
 
 @dataclass(frozen=True)
@@ -97,6 +114,15 @@ def _peft_allocates(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_step_post_hook(lambda *_: inner.update_and_allocate(next(steps)))
 
 
+def _lora_ga(model: nn.Module, config: LoRAConfig, batches: Sequence[Tensor]) -> Report:
+    """From the gradients of the first eight batches of the training."""
+
+    def loss(model: Any, batch: Tensor) -> Tensor:
+        return model(input_ids=batch, labels=batch, use_cache=False).loss
+
+    return lora_ga(model, config, batches[:8], loss)
+
+
 _PLAIN = _lora("LoRA")
 
 METHODS = {
@@ -131,5 +157,16 @@ METHODS = {
         _PLAIN,
         title="LoRA-Pro",
         around_steps=lambda model, optimizer: LoRAPro().attach(model, optimizer),
+    ),
+    "pissa": dataclasses.replace(
+        _lora("PiSSA", init_lora_weights="pissa_niter_4"),
+        own_start="both start as PiSSA, each with its own decomposition",
+    ),
+    # peft's own LoRA-GA is another formula
+    "lora_ga": dataclasses.replace(
+        _PLAIN,
+        title="LoRA-GA",
+        own_start="fastlora starts as LoRA-GA, peft as plain LoRA",
+        put_in=_lora_ga,
     ),
 }
