@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "cpu/isa.hpp"
+#include "cpu/jacobi.hpp"
 #include "cpu/low_rank_update.hpp"
 #include "cpu/output_pass.hpp"
 #include "cpu/row_norm.hpp"
@@ -69,6 +70,28 @@ void low_rank_update(Address out, std::int64_t rows, std::int64_t columns, std::
     kernel(call, threads);
 }
 
+std::int64_t symmetric_eigen(Address a, bool wide, std::int64_t count, int n, int sweeps, Address w,
+                             Address v, Address outcomes, int threads, const std::string& isa,
+                             bool backwards) {
+    const auto kernel = FASTLORA_PICK(fastlora::find_isa(isa), symmetric_eigen);
+    const fastlora::SymmetricEigen call{
+        at<const void>(a), wide, count, n, sweeps,
+        at<void>(w), at<void>(v), at<fastlora::Outcome>(outcomes)};
+    py::gil_scoped_release released;
+    return kernel(call, backwards, threads);
+}
+
+std::int64_t svd(Address a, bool wide, std::int64_t count, int m, int n, int sweeps, Address u,
+                 Address s, Address vh, Address outcomes, int threads, const std::string& isa,
+                 bool backwards) {
+    const auto kernel = FASTLORA_PICK(fastlora::find_isa(isa), svd);
+    const fastlora::Svd call{
+        at<const void>(a), wide, count, m, n, sweeps,
+        at<void>(u), at<void>(s), at<void>(vh), at<fastlora::Outcome>(outcomes)};
+    py::gil_scoped_release released;
+    return kernel(call, backwards, threads);
+}
+
 bool same(Address one, Address other, std::size_t bytes) {
     return std::memcmp(at<const void>(one), at<const void>(other), bytes) == 0;
 }
@@ -81,5 +104,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("row_norm", &row_norm);
     module.def("output_pass", &output_pass);
     module.def("low_rank_update", &low_rank_update);
+    module.def("symmetric_eigen", &symmetric_eigen);
+    module.def("svd", &svd);
     module.def("same", &same, "Whether as many bytes at two addresses are equal");
 }

@@ -9,6 +9,7 @@ import platform
 import torch
 
 from fastlora._version import __version__
+from fastlora.ops import library
 from fastlora.ops.backend import Situation, cpu_vendor
 
 PACKAGES = (
@@ -39,6 +40,15 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+def native() -> dict[str, str]:
+    """What there is of the native core, in a sentence a part, or why it is not there."""
+    reason, cuda_reason = library.missing(), library.cuda_missing()
+    return {
+        "cpu": reason or f"there, for {', '.join(library.core().isas())}",
+        "cuda": cuda_reason or "there, loaded when a CUDA tensor comes",
+    }
 
 
 def devices() -> list[dict[str, object]]:

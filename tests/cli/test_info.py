@@ -9,6 +9,7 @@ import torch
 
 import fastlora
 from fastlora.cli import main
+from fastlora.ops import library
 from fastlora.ops.adapter_linear import eager
 
 
@@ -38,6 +39,16 @@ def test_what_is_not_installed_is_said(monkeypatch, capsys):
     assert main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert next(line.split() for line in lines if "peft" in line) == ["peft", "not", "installed"]
+
+
+def test_the_native_core_is_there_or_the_reason_why_not(monkeypatch, capsys):
+    assert main(["info"]) == 0
+    found = capsys.readouterr().out
+    if not library.missing():
+        assert f"there, for {', '.join(library.core().isas())}" in found
+    monkeypatch.setattr(library, "cuda_missing", lambda: "no nvcc was there")
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["native"]["cuda"] == "no nvcc was there"
 
 
 def test_check_runs_every_backend_that_can(capsys):

@@ -50,7 +50,12 @@ def collect(check: bool = False) -> dict[str, Any]:
         for at in facts.situations()
         for name, taken, sentence in table(op, backends, at)
     ]
-    collected = {"versions": facts.versions(), "devices": facts.devices(), "backends": rows}
+    collected = {
+        "versions": facts.versions(),
+        "devices": facts.devices(),
+        "native": facts.native(),
+        "backends": rows,
+    }
     if check:
         from fastlora.cli.info.check import check_everything
 
@@ -67,6 +72,9 @@ def render(collected: dict[str, Any]) -> str:
     lines += ["", "devices"]
     for row in collected["devices"]:
         lines.append(f"  {row['device']:<14}{describe(row)}")
+    lines += ["", "native core"]
+    for part, sentence in collected["native"].items():
+        lines.append(f"  {part:<14}{sentence}")
     heading = None
     for row in collected["backends"]:
         if heading != (heading := f"{row['operation']} for {row['dtype']} on {row['device']}"):
