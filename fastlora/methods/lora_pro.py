@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastlora.adapters.view import AdapterLayer, layers
 from fastlora.methods.hooks import first_non_finite, refuse_closure
+from fastlora.ops.small_solvers import symmetric_eigen
 
 MODES = ("efficient", "full")
 CHOICES = ("sylvester", "symmetric", "zero")
@@ -274,8 +275,8 @@ class _Small(NamedTuple):
     def of(cls, group: list[AdapterLayer], damping: float) -> _Small:
         A = _stacked([layer.lora_A for layer in group]).double()
         B = _stacked([layer.lora_B for layer in group]).double()
-        b, U = _eigen(B.mT @ B)
-        a, V = _eigen(A @ A.mT)
+        b, U = symmetric_eigen(B.mT @ B)
+        a, V = symmetric_eigen(A @ A.mT)
         largest = torch.maximum(b[:, -1:], a[:, -1:])
         least = torch.finfo(b.dtype).eps * b.shape[-1] * largest
         b, a = (values.clamp(min=0) + damping * largest for values in (b, a))
@@ -305,12 +306,6 @@ def closed_form(stack: _Stack, small: _Small, x: str) -> tuple[Tensor, Tensor]:
         g_B @ (inverse_A / s**2).to(wide), B, (inside + X).to(wide), alpha=-1
     )
     return corrected_A, corrected_B
-
-
-def _eigen(grams: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [L, r], ascending, and eigenvectors (columns) [L, r, r] of symmetric matrices."""
-    values, vectors = torch.linalg.eigh(grams)
-    return values, vectors
 
 
 def _reciprocal(values: Tensor, least: Tensor) -> Tensor:

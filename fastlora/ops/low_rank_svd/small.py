@@ -8,13 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastlora.ops.small_solvers import small_svd
+
 _SQUARINGS = 5
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(U [..., m, p], S [..., p] descending, V [..., n, p]) of [..., m, n], p = min(m, n)."""
     # the eigenproblem of M Mᵀ would leave S only half the digits, and takes no less time
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    u, s, vh = small_svd(matrix)
     return u, s, vh.mT
 
 
