@@ -1,6 +1,6 @@
-// With cuda_bindings.cpp the only file that knows Python. Arrays come in as addresses: the callers in fastlora/ops, each
-// named after its kernel's file, have checked dtypes, shapes and strides. Every call takes the
-// number of threads and the name of an instruction set, "" for the widest.
+// With cuda_bindings.cpp the only file that knows Python. Arrays come in as addresses: the callers in
+// fastlora/ops, each named after its kernel's file, have checked dtypes, shapes and strides. Every
+// call takes the number of threads and the name of an instruction set, "" for the widest.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
