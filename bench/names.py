@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
+
+from fastlora.cli.errors import near
 
 
 class UnknownName(ValueError):
@@ -11,17 +12,12 @@ class UnknownName(ValueError):
 
 
 def check(kind: str, name: str, known: Iterable[str]) -> str:
-    """``name`` if it is one of ``known``. Raises UnknownName."""
-    names = list(known)
-    if name in names:
-        return name
-    lower = {other.lower(): other for other in names}
-    if name.lower() in lower:
-        return lower[name.lower()]
-    near = [lower[one] for one in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)]
-    near += [other for other in names if name.lower() in other.lower() and other not in near]
-    hint = f"did you mean {' or '.join(near[:3])}?" if near else f"there is {', '.join(names)}"
-    raise UnknownName(f"there is no {kind} {name!r}; {hint}")
+    """``name``, in the case of ``known``, if it is one of them. Raises UnknownName."""
+    by_lower = {other.lower(): other for other in known}
+    if name.lower() not in by_lower:
+        hint = near(name, by_lower.values())
+        raise UnknownName(f"there is no {kind} {name!r}; {hint}")
+    return by_lower[name.lower()]
 
 
 def several(kind: str, text: str, known: Iterable[str]) -> list[str]:
