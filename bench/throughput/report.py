@@ -126,8 +126,7 @@ def summary(rows: Sequence[Row]) -> str:
                 "beyond their spread (upper quartile below 1)"
             )
     for row in rows:
-        found = row.speedups()
-        if found and spread(found).high < 1:
+        if row.speedups() and spread(row.speedups()).high < 1:
             lines.append(f"slower: {row.cell.title} {row.which} {_speedup(row)}")
     return "\n".join(lines)
 
@@ -160,7 +159,7 @@ def write(
     skipped: dict[str, str],
 ) -> None:
     """Written beside and renamed."""
-    result = {
+    result: dict[str, Any] = {
         "format": FORMAT,
         "conditions": conditions,
         "roofs": measured,

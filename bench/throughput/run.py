@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from bench import device as here
@@ -79,7 +80,7 @@ def measure(
     operands = [operation.operands(cell, seed) for seed in range(sets)]
     steps: dict[str, list[Step]] = {}
     for provider in sound:
-        built = attempt(lambda p=provider: _build(cell, p, operands), provider.name, absent)
+        built = attempt(partial(_build, cell, provider, operands), provider.name, absent)
         if built is not None:
             steps[provider.name] = built
     taken = _time(steps, operands, cell.device, seconds, rounds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -259,7 +259,7 @@ def _together(layer: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
     return _made.setdefault(layer, together)
 
 
-def peft_step(cell: Cell, own: Operands, **options: object) -> Step:
+def peft_step(cell: Cell, own: Operands, **options: Any) -> Step:
     """peft's layer for each, called one after the other."""
     modules = []
     leaves = {"dx": own.x}

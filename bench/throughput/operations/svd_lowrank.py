@@ -46,7 +46,7 @@ def _plain(cell: Cell, own: list[Tensor]) -> Step:
     wide = [x.float() for x in own]  # torch.svd_lowrank takes no half precision
 
     def forward() -> list[Tensor]:
-        return _flat(loop([x], cell.rank, NITER)[0] for x in wide)
+        return _flat(loop(x.unsqueeze(0), cell.rank, NITER)[0] for x in wide)
 
     return Step(forward)
 
