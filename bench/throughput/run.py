@@ -14,7 +14,7 @@ from bench.throughput.check import attempt, check
 
 BOTH = "both"
 SETS = 256  # at most, of operands
-LEAST, MOST = 7, 100  # rounds
+LEAST, MOST = 5, 100  # rounds
 SHARE = 0.8  # of the free memory that a cell may take
 
 

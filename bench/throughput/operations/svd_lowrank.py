@@ -17,6 +17,8 @@ NITER = 4
 
 
 def _cells(request: Request) -> Iterable[Cell]:
+    if request.layers is not None and "block" not in request.layers:
+        return
     for model in request.models:
         n, k = zip(*MODELS[model].block(), strict=True)
         for dtype in request.dtypes:
