@@ -66,6 +66,7 @@ DEFAULTS: dict[tuple[bool, bool], list[dict[str, Any]]] = {
         {"shapes": ["llama3-8b"], "layers": ["q"], "m": [8192], "rank": [64, 256]},
     ],
 }
+USUAL: dict[str, Any] = {"layers": None, "rank": [16], "dropout": [0.0]}
 SECONDS = {(False, False): 1.0, (False, True): 0.5, (True, False): 0.5, (True, True): 0.2}
 
 
@@ -202,18 +203,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "dropout": _numbers("--dropout", args.dropout, float, 0.0, 0.99),
         "dtype": _names("dtype", args.dtype, DTYPES),
     }
-    usual: dict[str, Any] = {"layers": None, "rank": [16], "dropout": [0.0]}
-    usual["dtype"] = ["float32" if args.device == "cpu" else "bfloat16"]
+    usual = USUAL | {"dtype": [default_dtype(args.device)]}
     given = {name: value for name, value in asked.items() if value is not None}
     args.requests = []
     for own in DEFAULTS[at]:
-        whole = usual | own | given
-        args.requests.append(
-            Request(
-                whole["shapes"], whole["layers"], whole["m"], whole["rank"], whole["dropout"],
-                whole["dtype"], args.device,
-            )
-        )  # fmt: skip
+        args.requests.append(Request(**(usual | own | given), device=args.device))
     wanted = _names("provider", args.providers, providers.NAMES)
     args.wanted = lambda name: (
         wanted is None or name in wanted or ("fastlora" in wanted and name.startswith("fastlora"))
@@ -223,6 +217,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.rounds is not None and args.rounds < 1:
         raise UserError(f"--rounds must be at least 1, not {args.rounds}")
     return args
+
+
+def default_dtype(device: str) -> str:
+    """What models are trained in."""
+    return "float32" if device == "cpu" else "bfloat16"
 
 
 def _device(name: str | None) -> str:

@@ -19,10 +19,10 @@ NITER = 4
 def _cells(request: Request) -> Iterable[Cell]:
     if request.layers is not None and "block" not in request.layers:
         return
-    for model in request.models:
+    for model in request.shapes:
         n, k = zip(*MODELS[model].block(), strict=True)
-        for dtype in request.dtypes:
-            for rank in request.ranks:
+        for dtype in request.dtype:
+            for rank in request.rank:
                 if rank <= min(*n, *k):
                     yield Cell(
                         "svd_lowrank", model, "block", n, k, 0, rank, 0.0, dtype, request.device
