@@ -9,13 +9,11 @@ not take turns here: for ratios use ``python -m bench.throughput``.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
 
-from bench import device as here
 from bench.throughput import run
 from bench.throughput.__main__ import DEFAULTS, USUAL, default_dtype
 from bench.throughput.case import Cell, Operation, Provider, Request
@@ -49,8 +47,7 @@ def test_throughput(operation: Operation, cell: Cell, provider: Provider, benchm
     if verdicts[provider.name].wrong:
         pytest.fail(f"wrong: {verdicts[provider.name].wrong}; it is not timed")
 
-    size = operation.set_bytes(cell)
-    sets = min(max(2, math.ceil(2 * here.cache_bytes(cell.device) / size)), run.SETS)
+    sets = run.sets_of(operation, cell)
     operands = [operation.operands(cell, seed) for seed in range(sets)]
     steps = [provider.build(cell, own) for own in operands]
     turn = 0
