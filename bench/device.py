@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import statistics
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -51,7 +50,7 @@ _ROUNDS = 7
 
 
 def measure_roof(device: str, dtype: torch.dtype) -> Roof:
-    """Copy bandwidth and product rate, medians of a few rounds."""
+    """Copy bandwidth and product rate, the best of a few rounds: a roof is what can be reached."""
     kind = torch.device(device).type
     source = torch.ones(_COPIED, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -64,7 +63,7 @@ def measure_roof(device: str, dtype: torch.dtype) -> Roof:
     if kind == "cpu" and needs_onednn(Situation(torch.device(device), dtype)) is None:
         calls["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     taken = whole(calls, _ROUNDS, device)
-    seconds = {name: statistics.median(values) / 1e3 for name, values in taken.items()}
+    seconds = {name: min(values) / 1e3 for name, values in taken.items()}
     product = min(took for name, took in seconds.items() if name != "copy")
     return Roof(2 * _COPIED / seconds["copy"], 2 * n**3 / product)
 
@@ -136,20 +135,21 @@ def as_data(roof: Roof) -> dict[str, float]:
 
 
 def commit() -> str | None:
-    """The commit that is checked out, with '+' where a file differs from it; None outside git."""
-    here = Path(__file__).parent
+    """The last commit of what is not results, '+' where a file differs; None outside git."""
+    tracked = ("--", "..", ":!results")
+    head = _git("log", "-1", "--format=%h", *tracked)
+    changed = _git("status", "--porcelain", "--untracked-files=no", *tracked)
+    return head + ("+" if changed else "") if head else None
+
+
+def _git(*arguments: str) -> str | None:
     try:
-        own = ("git", "-C", str(here))
-        head = subprocess.run(
-            [*own, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*own, "status", "--porcelain", "--untracked-files=no", "..", ":!results"],
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
             capture_output=True, text=True, check=True,
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head + ("+" if changed else "")
 
 
 def _nvidia(fields: str) -> str | None:

@@ -85,6 +85,15 @@ def take_turns(
     return taken._replace(disturbed=disturbed)
 
 
+def as_calls(calls: Mapping[str, Callable[[], object]]) -> dict[str, Call]:
+    """For ``take_turns``: calls of one lap."""
+
+    def as_call(call: Callable[[], object]) -> Call:
+        return lambda mark: call()
+
+    return {name: as_call(call) for name, call in calls.items()}
+
+
 def whole(
     calls: Mapping[str, Callable[[], object]],
     rounds: int,
@@ -94,12 +103,7 @@ def whole(
     by_host: bool = False,
 ) -> dict[str, list[float]]:
     """``take_turns`` for calls of one lap: milliseconds by contestant and round."""
-
-    def as_call(call: Callable[[], object]) -> Call:
-        return lambda mark: call()
-
-    made = {name: as_call(call) for name, call in calls.items()}
-    return take_turns(made, rounds, device, warmup=warmup, by_host=by_host).totals()
+    return take_turns(as_calls(calls), rounds, device, warmup=warmup, by_host=by_host).totals()
 
 
 def lap(call: Call, device: str, by_host: bool = False) -> tuple[list[float], bool]:

@@ -18,7 +18,8 @@ A speed-up is the median of the ratios within a round, with quartiles.
     fastlora-X    ours on backend X; * marks what is taken automatically
 
 "floor" is the larger of flops / rate and bytes / bandwidth, both measured here first, each operand
-moved once. Results go to bench/results/<device>/throughput.json and .png.
+moved once. Results go to bench/results/<device>/throughput.json and .png; what that file has of
+other cells, of the same code on the same device, stays there.
 """
 
 from __future__ import annotations
@@ -39,44 +40,34 @@ from bench.throughput.shapes import MODELS
 from fastlora.cli.errors import UserError, near
 
 RESULTS = Path(__file__).parent.parent / "results"
+FILE, PICTURE = "throughput.json", "throughput.png"
 DTYPES = ("float32", "float16", "bfloat16")
 LAYERS = ("q", "k", "o", "gate", "down", "block")
 
-# What is timed where nobody says otherwise, on a GPU or not, in short or not
-DEFAULTS: dict[tuple[bool, bool], dict[str, Any]] = {
-    (False, False): {
-        "shapes": ["smollm2-135m", "qwen2.5-7b", "llama3-8b"],
-        "m": [1, 128],
-        "rank": [16],
-        "dropout": [0.0, 0.1],
-        "dtype": ["float32"],
-        "seconds": 1.5,
-    },
-    (False, True): {
-        "shapes": ["smollm2-135m"],
-        "m": [1, 128],
-        "rank": [16],
-        "dropout": [0.0, 0.1],
-        "dtype": ["float32"],
-        "seconds": 0.7,
-    },
-    (True, False): {
-        "shapes": ["smollm2-135m", "qwen2.5-7b", "llama3-8b"],
-        "m": [1, 16, 128, 1024, 4096, 16384],
-        "rank": [8, 16, 64, 256],
-        "dropout": [0.0, 0.1],
-        "dtype": ["bfloat16"],
-        "seconds": 0.5,
-    },
-    (True, True): {
-        "shapes": ["qwen2.5-7b", "llama3-8b"],
-        "m": [1, 128, 2048, 8192],
-        "rank": [16, 64],
-        "dropout": [0.0, 0.1],
-        "dtype": ["bfloat16"],
-        "seconds": 0.2,
-    },
+# What is timed where nobody says otherwise, by (on a GPU, --quick): requests one after the other,
+# of which each option given replaces its own part.
+DEFAULTS: dict[tuple[bool, bool], list[dict[str, Any]]] = {
+    (False, False): [
+        {"shapes": ["smollm2-135m"], "m": [1, 128, 512], "dropout": [0.0, 0.1]},
+        {"shapes": ["qwen2.5-7b", "llama3-8b"], "layers": ["q", "k"], "m": [1, 64]},
+    ],
+    (False, True): [{"shapes": ["smollm2-135m"], "layers": ["q", "gate", "block"], "m": [1, 128]}],
+    (True, False): [
+        {
+            "shapes": ["smollm2-135m", "qwen2.5-7b", "llama3-8b"],
+            "m": [1, 16, 128, 1024, 4096, 16384],
+            "dropout": [0.0, 0.1],
+        },
+        {"shapes": ["llama3-8b"], "layers": ["q", "gate"], "m": [4096], "rank": [8, 64, 256]},
+    ],
+    (True, True): [
+        {"shapes": ["llama3-8b"], "m": [1, 2048, 8192], "dropout": [0.0, 0.1]},
+        {"shapes": ["qwen2.5-7b"], "layers": ["q", "gate"], "m": [4096]},
+        {"shapes": ["llama3-8b"], "layers": ["q"], "m": [8192], "rank": [64, 256]},
+    ],
 }
+USUAL: dict[str, Any] = {"layers": None, "rank": [16], "dropout": [0.0]}
+SECONDS = {(False, False): 1.0, (False, True): 0.5, (True, False): 0.5, (True, True): 0.2}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,11 +93,15 @@ def _main(argv: list[str] | None) -> int:
         except UserError as error:
             print(f"not compared: {error}", file=sys.stderr)
     conditions = here.conditions(args.device)
-    dtypes = dict.fromkeys(args.dtype)
-    measured = {dtype: here.measure_roof(args.device, getattr(torch, dtype)) for dtype in dtypes}
-    cells = [(op, cell) for op in args.op for cell in op.cells(args.request)]
+    cells = [
+        (op, cell)
+        for op in args.op
+        for cell in dict.fromkeys(cell for asked in args.requests for cell in op.cells(asked))
+    ]
     if not cells:
         raise UserError("nothing to time: no layer of these models is asked for")
+    dtypes = dict.fromkeys(cell.dtype for _, cell in cells)
+    measured = {dtype: here.measure_roof(args.device, getattr(torch, dtype)) for dtype in dtypes}
     print(_title(conditions), report.roofs(measured), sep="\n", flush=True)
 
     rows, skipped = _run(args, cells, measured)
@@ -116,14 +111,16 @@ def _main(argv: list[str] | None) -> int:
     if old is not None:
         print("\n" + report.compare(conditions, rows, old))
     folder = Path(args.out) if args.out else RESULTS / here.folder_name(args.device)
+    kept = report.kept(folder / FILE, conditions, rows)
     roofs = {dtype: here.as_data(roof) for dtype, roof in measured.items()}
     roofs |= {f"{card} (datasheet)": here.as_data(roof) for card, roof in here.DATASHEETS.items()}
-    report.write(folder / "throughput.json", conditions, roofs, rows, skipped)
-    print(f"\nwritten {folder}/throughput.json", end="")
+    report.write(folder / FILE, conditions, roofs, [*kept, *rows], skipped)
+    beside = f" beside {len(kept)} rows of the same code and device" if kept else ""
+    print(f"\nwritten {folder}/{FILE}{beside}", end="")
     try:
         if rows:
-            picture.draw(folder / "throughput.png", conditions, measured, rows)
-            print(", throughput.png")
+            picture.draw(folder / PICTURE, conditions, measured, [*kept, *rows])
+            print(f", {PICTURE}")
     except ModuleNotFoundError as error:
         print(f"; no picture: {error}")
     return 1 if any(name.startswith("fastlora") for row in rows for name in row.wrong) else 0
@@ -134,14 +131,17 @@ def _run(
 ) -> tuple[list[run.Row], dict[str, str]]:
     rows: list[run.Row] = []
     skipped: dict[str, str] = {}
-    for operation, cell in _progress(cells):
-        found = run.measure(
-            operation, cell, measured[cell.dtype], args.wanted, args.seconds, args.rounds
-        )
-        if isinstance(found, str):
-            skipped[cell.title] = found
-        else:
-            rows += found
+    try:
+        for operation, cell in _progress(cells):
+            found = run.measure(
+                operation, cell, measured[cell.dtype], args.wanted, args.seconds, args.rounds
+            )
+            if isinstance(found, str):
+                skipped[cell.title] = found
+            else:
+                rows += found
+    except KeyboardInterrupt:
+        print("interrupted: what follows is what was measured until then", file=sys.stderr)
     return rows, skipped
 
 
@@ -193,31 +193,35 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
 
     args.device = _device(args.device)
-    given = DEFAULTS[args.device != "cpu", args.quick]
+    at = args.device != "cpu", args.quick
     args.op = [OPERATIONS[name] for name in _names("operation", args.op, OPERATIONS)]
-    models = given["shapes"] if args.shapes is None else _names("shape", args.shapes, MODELS)
-    layers = None if args.layers is None else _names("layer", args.layers, LAYERS)
-    args.dtype = given["dtype"] if args.dtype is None else _names("dtype", args.dtype, DTYPES)
-    wanted = None
-    if args.providers is not None:
-        wanted = _names("provider", args.providers, providers.NAMES)
+    asked = {
+        "shapes": _names("shape", args.shapes, MODELS),
+        "layers": _names("layer", args.layers, LAYERS),
+        "m": _numbers("--m", args.m, int, 1, 1 << 20),
+        "rank": _numbers("--rank", args.rank, int, 1, 1 << 14),
+        "dropout": _numbers("--dropout", args.dropout, float, 0.0, 0.99),
+        "dtype": _names("dtype", args.dtype, DTYPES),
+    }
+    usual = USUAL | {"dtype": [default_dtype(args.device)]}
+    given = {name: value for name, value in asked.items() if value is not None}
+    args.requests = []
+    for own in DEFAULTS[at]:
+        args.requests.append(Request(**(usual | own | given), device=args.device))
+    wanted = _names("provider", args.providers, providers.NAMES)
     args.wanted = lambda name: (
         wanted is None or name in wanted or ("fastlora" in wanted and name.startswith("fastlora"))
     )
     if args.seconds is None:
-        args.seconds = given["seconds"]
+        args.seconds = SECONDS[at]
     if args.rounds is not None and args.rounds < 1:
         raise UserError(f"--rounds must be at least 1, not {args.rounds}")
-    args.request = Request(
-        models,
-        layers,
-        _numbers("--m", args.m, given["m"], int, 1, 1 << 20),
-        _numbers("--rank", args.rank, given["rank"], int, 1, 1 << 14),
-        _numbers("--dropout", args.dropout, given["dropout"], float, 0.0, 0.99),
-        args.dtype,
-        args.device,
-    )
     return args
+
+
+def default_dtype(device: str) -> str:
+    """What models are trained in."""
+    return "float32" if device == "cpu" else "bfloat16"
 
 
 def _device(name: str | None) -> str:
@@ -230,7 +234,10 @@ def _device(name: str | None) -> str:
     return name
 
 
-def _names(what: str, given: str, known: Any) -> list[str]:
+def _names(what: str, given: str | None, known: Any) -> Any:
+    """The names of a list, each of which is ``known``; None where none was given."""
+    if given is None:
+        return None
     names = [name.strip() for name in given.split(",") if name.strip()]
     for name in names:
         if name not in known:
@@ -240,11 +247,9 @@ def _names(what: str, given: str, known: Any) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _numbers(
-    option: str, given: str | None, default: list[Any], kind: type, least: float, most: float
-) -> list[Any]:
+def _numbers(option: str, given: str | None, kind: type, least: float, most: float) -> Any:
     if given is None:
-        return default
+        return None
     try:
         numbers = [kind(part) for part in given.split(",")]
     except ValueError:

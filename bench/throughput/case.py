@@ -40,12 +40,12 @@ class Cell(NamedTuple):
 class Request(NamedTuple):
     """What the command line asks for; an operation makes its cells from it."""
 
-    models: Sequence[str]
+    shapes: Sequence[str]  # models
     layers: Sequence[str] | None  # None: all
-    tokens: Sequence[int]
-    ranks: Sequence[int]
-    dropouts: Sequence[float]
-    dtypes: Sequence[str]
+    m: Sequence[int]
+    rank: Sequence[int]
+    dropout: Sequence[float]
+    dtype: Sequence[str]
     device: str
 
 

@@ -14,6 +14,7 @@ from bench.measure import spread
 from bench.throughput.run import Row, as_data, from_data, median
 from fastlora.cli.errors import UserError
 
+_MUST_AGREE = ("device", "threads", "driver", "versions", "commit")
 FORMAT = 1  # of a results file; raised when its fields change their meaning
 
 
@@ -126,8 +127,7 @@ def summary(rows: Sequence[Row]) -> str:
                 "beyond their spread (upper quartile below 1)"
             )
     for row in rows:
-        found = row.speedups()
-        if found and spread(found).high < 1:
+        if row.speedups() and spread(row.speedups()).high < 1:
             lines.append(f"slower: {row.cell.title} {row.which} {_speedup(row)}")
     return "\n".join(lines)
 
@@ -160,7 +160,7 @@ def write(
     skipped: dict[str, str],
 ) -> None:
     """Written beside and renamed."""
-    result = {
+    result: dict[str, Any] = {
         "format": FORMAT,
         "conditions": conditions,
         "roofs": measured,
@@ -192,6 +192,17 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
         return data["conditions"], [from_data(row) for row in data["rows"]]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from None
+
+
+def kept(path: Path, conditions: dict[str, Any], rows: Sequence[Row]) -> list[Row]:
+    """The rows of an existing file that stay: of other cells, under the very same conditions."""
+    try:
+        before, old = read(path)
+    except UserError:
+        return []
+    same = all(before.get(name) == conditions[name] for name in _MUST_AGREE)
+    new = {(row.cell, row.which) for row in rows}
+    return [row for row in old if (row.cell, row.which) not in new] if same else []
 
 
 def compare(

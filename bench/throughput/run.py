@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from bench import device as here
@@ -13,7 +14,7 @@ from bench.throughput.check import attempt, check
 
 BOTH = "both"
 SETS = 256  # at most, of operands
-LEAST, MOST = 7, 100  # rounds
+LEAST, MOST = 5, 100  # rounds
 SHARE = 0.8  # of the free memory that a cell may take
 
 
@@ -44,6 +45,12 @@ class Row:
         return [a / b for a, b in zip(theirs, ours, strict=False)]
 
 
+def sets_of(operation: Operation, cell: Cell) -> int:
+    """How many sets of operands take turns: so many that the last-level cache holds half of them."""
+    enough = math.ceil(2 * here.cache_bytes(cell.device) / operation.set_bytes(cell))
+    return min(max(2, enough), SETS)
+
+
 def needed_bytes(operation: Operation, cell: Cell, sets: int) -> int:
     """Sets of operands with their results, and one set in float64 for the check."""
     size = operation.set_bytes(cell)
@@ -63,8 +70,7 @@ def measure(
     ``wanted`` tells of a provider's name whether it is asked for. Rounds are as many as fit in
     ``seconds``, LEAST at least, unless ``rounds`` says how many.
     """
-    size = operation.set_bytes(cell)
-    sets = min(max(2, math.ceil(2 * here.cache_bytes(cell.device) / size)), SETS)
+    sets = sets_of(operation, cell)
     needed, free = needed_bytes(operation, cell, sets), here.free_bytes(cell.device)
     if needed > SHARE * free:
         return f"it needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free"
@@ -79,7 +85,7 @@ def measure(
     operands = [operation.operands(cell, seed) for seed in range(sets)]
     steps: dict[str, list[Step]] = {}
     for provider in sound:
-        built = attempt(lambda p=provider: _build(cell, p, operands), provider.name, absent)
+        built = attempt(partial(_build, cell, provider, operands), provider.name, absent)
         if built is not None:
             steps[provider.name] = built
     taken = _time(steps, operands, cell.device, seconds, rounds)

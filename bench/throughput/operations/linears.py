@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Operands(NamedTuple):
 
 def single_cells(op: str, request: Request) -> Iterable[Cell]:
     """A layer by itself, for every layer of every model."""
-    for model in request.models:
+    for model in request.shapes:
         for layer, (n, k) in MODELS[model].layers().items():
             if request.layers is None or layer in request.layers:
                 yield from _over(request, op, model, layer, (n,), k)
@@ -56,7 +56,7 @@ def single_cells(op: str, request: Request) -> Iterable[Cell]:
 
 def group_cells(op: str, request: Request) -> Iterable[Cell]:
     """Layers that read one input; asked for by the first's name."""
-    for model in request.models:
+    for model in request.shapes:
         for group, (widths, k) in MODELS[model].groups().items():
             if request.layers is None or group.partition(",")[0] in request.layers:
                 yield from _over(request, op, model, group, widths, k)
@@ -65,10 +65,10 @@ def group_cells(op: str, request: Request) -> Iterable[Cell]:
 def _over(
     request: Request, op: str, model: str, layer: str, n: tuple[int, ...], k: int
 ) -> Iterable[Cell]:
-    for dtype in request.dtypes:
-        for m in request.tokens:
-            for rank in request.ranks:
-                for p in request.dropouts:
+    for dtype in request.dtype:
+        for m in request.m:
+            for rank in request.rank:
+                for p in request.dropout:
                     yield Cell(op, model, layer, n, (k,), m, rank, p, dtype, request.device)
 
 
@@ -259,7 +259,7 @@ def _together(layer: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
     return _made.setdefault(layer, together)
 
 
-def peft_step(cell: Cell, own: Operands, **options: object) -> Step:
+def peft_step(cell: Cell, own: Operands, **options: Any) -> Step:
     """peft's layer for each, called one after the other."""
     modules = []
     leaves = {"dx": own.x}

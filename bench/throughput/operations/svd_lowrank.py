@@ -17,10 +17,12 @@ NITER = 4
 
 
 def _cells(request: Request) -> Iterable[Cell]:
-    for model in request.models:
+    if request.layers is not None and "block" not in request.layers:
+        return
+    for model in request.shapes:
         n, k = zip(*MODELS[model].block(), strict=True)
-        for dtype in request.dtypes:
-            for rank in request.ranks:
+        for dtype in request.dtype:
+            for rank in request.rank:
                 if rank <= min(*n, *k):
                     yield Cell(
                         "svd_lowrank", model, "block", n, k, 0, rank, 0.0, dtype, request.device
@@ -46,7 +48,7 @@ def _plain(cell: Cell, own: list[Tensor]) -> Step:
     wide = [x.float() for x in own]  # torch.svd_lowrank takes no half precision
 
     def forward() -> list[Tensor]:
-        return _flat(loop([x], cell.rank, NITER)[0] for x in wide)
+        return _flat(loop(x.unsqueeze(0), cell.rank, NITER)[0] for x in wide)
 
     return Step(forward)
 

@@ -19,7 +19,7 @@ from fastlora.ops.weight_norm.reference import weight_norm_reference
 
 
 def _cells(request: Request) -> Iterable[Cell]:
-    yield from linears.single_cells("weight_norm", request._replace(tokens=[0], dropouts=[0.0]))
+    yield from linears.single_cells("weight_norm", request._replace(m=[0], dropout=[0.0]))
 
 
 @torch.no_grad()
