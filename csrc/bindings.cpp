@@ -73,7 +73,8 @@ void low_rank_update(Address out, std::int64_t rows, std::int64_t columns, std::
 }
 
 void block_lanczos(const std::vector<Address>& x, std::int64_t stride, std::int64_t rows,
-                   std::int64_t columns, std::int64_t blocks, Address start, std::int64_t q,
+                   std::int64_t columns, std::int64_t width, std::int64_t blocks, Address start,
+                   std::int64_t q,
                    double low, double high, double alike, double share, double least, Address u,
                    Address s, Address vh, Address squares, Address checked, Address found,
                    int threads, const std::string& isa) {
@@ -81,7 +82,7 @@ void block_lanczos(const std::vector<Address>& x, std::int64_t stride, std::int6
     std::vector<const float*> matrices;
     for (const Address address : x) matrices.push_back(at<const float>(address));
     const fastlora::BlockLanczos call{
-        matrices.data(), static_cast<std::int64_t>(x.size()), stride, rows, columns, blocks,
+        matrices.data(), static_cast<std::int64_t>(x.size()), stride, rows, columns, width, blocks,
         at<const float>(start), q, low, high, alike, share, least,
         at<float>(u), at<double>(s), at<float>(vh),
         at<double>(squares), at<double>(checked), at<fastlora::Found>(found)};

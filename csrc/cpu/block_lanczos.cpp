@@ -20,6 +20,9 @@ constexpr double REPAIRED = 0.05;     // and up to where one Cholesky pass repai
 constexpr int CHECKING = 2;           // blocks of the check
 constexpr std::int64_t SPREAD = 16;   // values between rows, so that they share no cache set
 constexpr int GRAM_ROWS = 32;
+constexpr int WIDEST = 32;            // vectors of a block
+constexpr std::int64_t CHUNK = 256;   // rows at least whose share of XᵀY is summed by itself
+constexpr std::int64_t CHUNKS = 8;    // at most
 
 inline std::int64_t up_to(std::int64_t count, std::int64_t multiple) {
     return (count + multiple - 1) / multiple * multiple;
@@ -41,30 +44,36 @@ double square_sum(const float* values, std::int64_t length) {
     return total;
 }
 
-// g [n, n] = xᵀx of rows x [count, n padded], in float64, by rows `width` apart.
+// g [n, n] = xᵀx of rows x [count, n], in float64, by rows `width` apart. `space`: [GRAM_ROWS, width].
 void gram_of_columns(Rows x, std::int64_t count, int n, std::int64_t width, double* g,
                      double* space) {
     constexpr int TILE = 4;
-    const std::int64_t high = up_to(n, TILE);
-    zero(g, high * width);
+    zero(g, up_to(n, TILE) * width);
     for (std::int64_t first = 0; first < count; first += GRAM_ROWS) {
         const int some = least(count - first, GRAM_ROWS);
         for (int i = 0; i < some; ++i) {
-            for (std::int64_t j = 0; j < width; j += LANES) {
-                store(space + i * width + j,
-                      widen(load_some(x[first + i] + j, j < n ? least(n - j, LANES) : 0)));
-            }
+            const float* row = x[first + i];
+            double* to = space + i * width;
+            for (int j = 0; j < n; ++j) to[j] = row[j];
+            for (std::int64_t j = n; j < width; ++j) to[j] = 0;
         }
         for (int i = 0; i < n; i += TILE) {
-            for (std::int64_t j = i / LANES * LANES; j < width; j += LANES) {
-                Doubles acc[TILE];
-                for (int t = 0; t < TILE; ++t) acc[t] = load(g + (i + t) * width + j);
-                for (int row = 0; row < some; ++row) {
-                    const double* left = space + row * width + i;
-                    const Doubles right = load(space + row * width + j);
-                    for (int t = 0; t < TILE; ++t) acc[t] += left[t] * right;
+            for (std::int64_t j = i / LANES * LANES; j < width; j += 2 * WIDE) {
+                Wide acc[TILE][2];
+                for (int t = 0; t < TILE; ++t) {
+                    for (int v = 0; v < 2; ++v) acc[t][v] = wide(g + (i + t) * width + j + v * WIDE);
                 }
-                for (int t = 0; t < TILE; ++t) store(g + (i + t) * width + j, acc[t]);
+                const double *left = space + i, *right = space + j;
+                for (int row = 0; row < some; ++row, left += width, right += width) {
+                    const Wide one = wide(right), two = wide(right + WIDE);
+                    for (int t = 0; t < TILE; ++t) {
+                        acc[t][0] += left[t] * one;
+                        acc[t][1] += left[t] * two;
+                    }
+                }
+                for (int t = 0; t < TILE; ++t) {
+                    for (int v = 0; v < 2; ++v) put(g + (i + t) * width + j + v * WIDE, acc[t][v]);
+                }
             }
         }
     }
@@ -74,30 +83,34 @@ void gram_of_columns(Rows x, std::int64_t count, int n, std::int64_t width, doub
     }
 }
 
-// g [GROUP, GROUP] = w_c · w_d in float64.
-void gram_of_group(Rows w, std::int64_t length, double* g) {
-    for (int c = 0; c < GROUP; ++c) {
-        Doubles total[GROUP] = {};
-        for (std::int64_t k = 0; k < length; k += LANES) {
-            const Doubles own = widen(load(w[c] + k));
-            for (int d = 0; d <= c; ++d) total[d] += own * widen(load(w[d] + k));
+// g [width, width] = w_c · w_d of `width` vectors, in float64.
+void gram_of_rows(Rows w, int width, std::int64_t length, double* g) {
+    for (int c = 0; c < width; ++c) {
+        for (int from = 0; from <= c; from += GROUP) {
+            const int some = least(c + 1 - from, GROUP);
+            Doubles total[GROUP] = {};
+            for (std::int64_t k = 0; k < length; k += LANES) {
+                const Doubles own = widen(load(w[c] + k));
+                for (int d = 0; d < some; ++d) total[d] += own * widen(load(w[from + d] + k));
+            }
+            for (int d = 0; d < some; ++d) {
+                g[c * width + from + d] = g[(from + d) * width + c] = sum(total[d]);
+            }
         }
-        for (int d = 0; d <= c; ++d) g[c * GROUP + d] = g[d * GROUP + c] = sum(total[d]);
     }
 }
 
-// w ← T w of GROUP vectors, T lower triangular.
-void multiply_group(float* w, std::int64_t stride, std::int64_t length, const double* t) {
-    float factor[GROUP][GROUP];
-    for (int c = 0; c < GROUP; ++c) {
-        for (int d = 0; d < GROUP; ++d) factor[c][d] = static_cast<float>(t[c * GROUP + d]);
-    }
+// w ← T w of `width` vectors, T lower triangular.
+void multiply_rows(float* w, int width, std::int64_t stride, std::int64_t length,
+                   const double* t) {
+    float factor[WIDEST * WIDEST];
+    for (int i = 0; i < width * width; ++i) factor[i] = static_cast<float>(t[i]);
     for (std::int64_t k = 0; k < length; k += LANES) {
-        Floats old[GROUP];
-        for (int c = 0; c < GROUP; ++c) old[c] = load(w + c * stride + k);
-        for (int c = 0; c < GROUP; ++c) {
-            Floats value = factor[c][0] * old[0];
-            for (int d = 1; d <= c; ++d) value += factor[c][d] * old[d];
+        Floats old[WIDEST];
+        for (int c = 0; c < width; ++c) old[c] = load(w + c * stride + k);
+        for (int c = 0; c < width; ++c) {
+            Floats value = factor[c * width] * old[0];
+            for (int d = 1; d <= c; ++d) value += factor[c * width + d] * old[d];
             store(w + c * stride + k, value);
         }
     }
@@ -105,9 +118,12 @@ void multiply_group(float* w, std::int64_t stride, std::int64_t length, const do
 
 class Space {
 public:
-    explicit Space(const BlockLanczos& call)
+    // `threads` share every product.
+    Space(const BlockLanczos& call, int threads)
         : call_(call),
-          most_((call.blocks + CHECKING) * GROUP),
+          threads_(threads),
+          block_(static_cast<int>(call.width)),
+          most_((call.blocks + CHECKING) * block_),
           width_(round_up(most_)),
           length_(up_to(call.columns, LANES)),
           stride_(length_ + SPREAD),
@@ -115,8 +131,11 @@ public:
           panel_(least(call.columns > 4096 ? 12 : PANEL, PANEL)),
           basis_(most_ * stride_),
           image_(call.rows * width_),
-          sums_(GROUP * stride_),
-          taken_(most_ * GROUP),
+          chunks_(chunks(call.rows)),
+          chunk_(up_to((call.rows + chunks_ - 1) / chunks_, panel_)),
+          sums_((threads > 1 ? chunks_ : 1) * block_ * stride_),
+          squares_of_(chunks_),
+          taken_(most_ * block_),
           gram_(up_to(most_, 4) * width_),
           vectors_(most_ * width_),
           values_(width_),
@@ -146,20 +165,21 @@ private:
             }
             if (!last && !extend(block + 1)) return Found::nothing;
         }
-        int blocks = static_cast<int>(call_.blocks);
-        if (!values(blocks)) return Found::nothing;
-        if (alike()) {
-            if (!check(index)) return Found::nothing;
-            blocks += CHECKING;
-        }
-        return triples(index, blocks) ? Found::triples : Found::nothing;
+        if (!values(static_cast<int>(call_.blocks))) return Found::nothing;
+        if (alike() && !check(index)) return Found::nothing;
+        return triples(index) ? Found::triples : Found::nothing;
     }
 
-    float* block(int number) const { return basis_ + number * GROUP * stride_; }
+    static std::int64_t chunks(std::int64_t rows) {
+        const std::int64_t count = rows / CHUNK;
+        return count < 1 ? 1 : count < CHUNKS ? count : CHUNKS;
+    }
+
+    float* block(int number) const { return basis_ + number * block_ * stride_; }
 
     // Block `number` from vectors at random.
     bool begin(int number, const float* from) {
-        for (int c = 0; c < GROUP; ++c) {
+        for (int c = 0; c < block_; ++c) {
             float* to = block(number) + c * stride_;
             std::memcpy(to, from + c * call_.columns, call_.columns * sizeof(float));
             for (std::int64_t k = call_.columns; k < stride_; ++k) to[k] = 0;
@@ -167,86 +187,130 @@ private:
         return orthonormalise(number);
     }
 
-    // Y of a block, Xᵀ Y where `back`, and ‖X‖² where `square`.
+    // Y of a block, Xᵀ Y into the next where `back`, and ‖X‖² where `square`. Chunks of rows, however
+    // many threads share them, are added up in one order.
     void multiply(int number, bool back, bool square) {
-        const Rows vectors{block(number), stride_};
-        if (back) {
-            for (std::int64_t i = 0; i < GROUP * stride_; ++i) sums_[i] = 0;
-        }
-        if (square) squares_ = 0;
-        for (std::int64_t first = 0; first < call_.rows; first += panel_) {
-            const int some = least(call_.rows - first, panel_);
-            const Rows x = x_.from(first);
-            float* y = image_ + first * width_ + number * GROUP;
-            along(x, some, vectors, call_.columns, y, width_);
-            if (square) {
-                for (int i = 0; i < some; ++i) squares_ += square_sum(x[i], call_.columns);
+        const std::int64_t size = block_ * stride_;
+        float* next = block(number + 1);
+        if (threads_ == 1) {
+            for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) {
+                multiply(number, chunk, back ? sums_ + 0 : nullptr, square);
+                if (back) gather(next, sums_ + 0, size, chunk);
             }
-            if (back) {
-                across(x, some, call_.columns, y, width_, sums_ + 0, stride_,
-                       first + panel_ < call_.rows ? panel_ * call_.stride : 0);
+        } else {
+            parallel_for(chunks_, 1, threads_, [&](std::int64_t from, std::int64_t to) {
+                for (std::int64_t chunk = from; chunk < to; ++chunk) {
+                    multiply(number, chunk, back ? sums_ + chunk * size : nullptr, square);
+                }
+            });
+            for (std::int64_t chunk = 0; back && chunk < chunks_; ++chunk) {
+                gather(next, sums_ + chunk * size, size, chunk);
+            }
+        }
+        if (square) {
+            squares_ = 0;
+            for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) squares_ += squares_of_[chunk];
+        }
+    }
+
+    static void gather(float* to, const float* part, std::int64_t size, std::int64_t chunk) {
+        if (chunk == 0) {
+            std::memcpy(to, part, size * sizeof(float));
+            return;
+        }
+        for (std::int64_t i = 0; i < size; i += LANES) store(to + i, load(to + i) + load(part + i));
+    }
+
+    void multiply(int number, std::int64_t chunk, float* sums, bool square) const {
+        const Rows vectors{block(number), stride_};
+        const std::int64_t end = least((chunk + 1) * chunk_, call_.rows);
+        if (sums) {
+            for (std::int64_t i = 0; i < block_ * stride_; ++i) sums[i] = 0;
+        }
+        if (square) squares_of_[chunk] = 0;
+        for (std::int64_t first = chunk * chunk_; first < end; first += panel_) {
+            const int some = least(end - first, panel_);
+            const Rows x = x_.from(first);
+            float* y = image_ + first * width_ + number * block_;
+            for (int group = 0; group < block_; group += GROUP) {
+                along(x, some, vectors.from(group), call_.columns, y + group, width_);
+            }
+            if (square) {
+                for (int i = 0; i < some; ++i) {
+                    squares_of_[chunk] += square_sum(x[i], call_.columns);
+                }
+            }
+            const std::int64_t ahead = first + panel_ < call_.rows ? panel_ * call_.stride : 0;
+            for (int group = 0; sums && group < block_; group += GROUP) {
+                across(x, some, call_.columns, y + group, width_, sums + group * stride_, stride_,
+                       group ? 0 : ahead);
             }
         }
     }
 
-    // Block `number` from XᵀY of the one before it.
+    // Block `number` from XᵀY of the one before it, which lies in its place.
     bool extend(int number) {
         const float scale = static_cast<float>(std::ldexp(1.0, -exponent_));
         float* to = block(number);
-        for (std::int64_t i = 0; i < GROUP * stride_; ++i) to[i] = sums_[i] * scale;
+        for (std::int64_t i = 0; i < block_ * stride_; ++i) to[i] *= scale;
         return orthonormalise(number);
     }
 
     bool orthonormalise(int number) {
         float* w = block(number);
-        const int before = number * GROUP;
-        double g[GROUP * GROUP];
+        const int before = number * block_;
         for (int pass = 0; pass < PASSES; ++pass) {
-            double out = 0;
-            if (before) {
-                for (int i = 0; i < before; i += PANEL) {
-                    along(Rows{basis_ + i * stride_, stride_}, least(before - i, PANEL),
-                          {w, stride_}, length_, taken_ + i * GROUP, GROUP);
-                }
-                for (int i = 0; i < before * GROUP; ++i) {
-                    out += static_cast<double>(taken_[i]) * taken_[i];
-                    taken_[i] = -taken_[i];
-                }
-                across({basis_ + 0, stride_}, before, length_, taken_ + 0, GROUP, w, stride_);
-            }
-            gram_of_group({w, stride_}, length_, g);
+            const double out = before ? project(w, before) : 0;
+            double g[WIDEST * WIDEST], factor[WIDEST * WIDEST];
+            gram_of_rows({w, stride_}, block_, length_, g);
             double trace = 0;
-            for (int c = 0; c < GROUP; ++c) trace += g[c * GROUP + c];
-            const double mean = trace / GROUP;
+            for (int c = 0; c < block_; ++c) trace += g[c * block_ + c];
+            const double mean = trace / block_;
             if (!(mean > 1e-60 && mean < 1e60)) return false;
-            double factor[GROUP * GROUP];
-            std::memcpy(factor, g, sizeof g);
-            bool sound = cholesky(factor, GROUP, GROUP, 100 * SHIFT * mean);
+            const std::size_t size = block_ * block_ * sizeof(double);
+            std::memcpy(factor, g, size);
+            bool sound = cholesky(factor, block_, block_, 100 * SHIFT * mean);
             if (!sound) {
-                std::memcpy(factor, g, sizeof g);
-                for (int c = 0; c < GROUP; ++c) factor[c * GROUP + c] += SHIFT * trace;
-                if (!cholesky(factor, GROUP, GROUP, 0)) return false;
+                std::memcpy(factor, g, size);
+                for (int c = 0; c < block_; ++c) factor[c * block_ + c] += SHIFT * trace;
+                if (!cholesky(factor, block_, block_, 0)) return false;
             } else {
                 double smallest = factor[0];
-                for (int c = 1; c < GROUP; ++c) {
-                    if (factor[c * GROUP + c] < smallest) smallest = factor[c * GROUP + c];
+                for (int c = 1; c < block_; ++c) {
+                    const double pivot = factor[c * block_ + c];
+                    if (pivot < smallest) smallest = pivot;
                 }
-                sound = smallest > SOUND * std::sqrt(mean) &&
-                        smallest > SOUND * std::sqrt(out / GROUP);
+                sound = smallest > SOUND * std::sqrt(mean + out / block_);
             }
-            invert_lower(factor, GROUP, GROUP);
-            for (int c = 0; c < GROUP; ++c) {
-                for (int d = c + 1; d < GROUP; ++d) factor[c * GROUP + d] = 0;
-            }
-            multiply_group(w, stride_, length_, factor);
+            invert_lower(factor, block_, block_);
+            multiply_rows(w, block_, stride_, length_, factor);
             if (sound) return true;
         }
         return false;
     }
 
+    // Takes out of w what lies in the first `before` vectors; the squares of that.
+    double project(float* w, int before) {
+        double out = 0;
+        for (int group = 0; group < block_; group += GROUP) {
+            const Rows some{w + group * stride_, stride_};
+            for (int i = 0; i < before; i += PANEL) {
+                along({basis_ + i * stride_, stride_}, least(before - i, PANEL), some, length_,
+                      taken_ + i * GROUP, GROUP);
+            }
+            for (int i = 0; i < before * GROUP; ++i) {
+                out += static_cast<double>(taken_[i]) * taken_[i];
+                taken_[i] = -taken_[i];
+            }
+            across({basis_ + 0, stride_}, before, length_, taken_ + 0, GROUP,
+                   w + group * stride_, stride_);
+        }
+        return out;
+    }
+
     // Ritz values of the first blocks, and their order.
     bool values(int blocks) {
-        count_ = blocks * GROUP;
+        count_ = blocks * block_;
         gram_of_columns({image_ + 0, width_}, call_.rows, count_, width_, gram_ + 0, rows_ + 0);
         Symmetric solver(count_, width_, gram_ + 0, values_ + 0, vectors_ + 0);
         if (!solver.solve()) return false;
@@ -266,15 +330,15 @@ private:
 
     // Whether so many neighbours lie so near that there may be more of them than a block can find.
     bool alike() const {
-        for (std::int64_t i = 0; i + GROUP <= call_.q + GROUP / 2 && i + GROUP <= count_; ++i) {
-            if (value(i) - value(i + GROUP - 1) < call_.alike * value(i)) return true;
+        for (std::int64_t i = 0; i + block_ <= call_.q + block_ / 2 && i + block_ <= count_; ++i) {
+            if (value(i) - value(i + block_ - 1) < call_.alike * value(i)) return true;
         }
         return false;
     }
 
     bool check(std::int64_t index) {
         const int blocks = static_cast<int>(call_.blocks);
-        if (!begin(blocks, call_.start + GROUP * call_.columns)) return false;
+        if (!begin(blocks, call_.start + block_ * call_.columns)) return false;
         multiply(blocks, true, false);
         if (!extend(blocks + 1)) return false;
         multiply(blocks + 1, false, false);
@@ -283,7 +347,7 @@ private:
         for (std::int64_t i = 0; i < call_.q; ++i) {
             const double* z = vectors_ + order_[i] * width_;
             double weight = 0;
-            for (int j = blocks * GROUP; j < count_; ++j) weight += z[j] * z[j];
+            for (int j = blocks * block_; j < count_; ++j) weight += z[j] * z[j];
             energy += values_[order_[i]];
             found += values_[order_[i]] * weight;
         }
@@ -292,7 +356,7 @@ private:
         return call_.checked[index] <= call_.share;
     }
 
-    bool triples(std::int64_t index, int) {
+    bool triples(std::int64_t index) {
         const std::int64_t q = call_.q;
         if (!(value(q - 1) > call_.least * value(0))) return false;
         double* s = call_.s + index * q;
@@ -407,11 +471,15 @@ private:
     }
 
     const BlockLanczos& call_;
+    const int threads_, block_;
     const std::int64_t most_, width_, length_, stride_, wide_;
     const int panel_;
     const Buffer<float> basis_;  // Q, a vector a row
     const Buffer<float> image_;  // X Qᵀ, a vector a column
-    const Buffer<float> sums_, taken_;
+    const std::int64_t chunks_, chunk_;
+    const Buffer<float> sums_;  // XᵀY of a chunk, of every chunk where threads share them
+    const Buffer<double> squares_of_;
+    const Buffer<float> taken_;
     const Buffer<double> gram_, vectors_, values_, rows_;
     const Buffer<float> factor_, weights_, right_;
     const Buffer<int> order_;
@@ -422,11 +490,16 @@ private:
 
 }  // namespace
 
+// A matrix a thread; threads share the products of those that are left over.
 void block_lanczos(const BlockLanczos& call, int threads) {
-    parallel_for(call.count, 1, threads, [&](std::int64_t first, std::int64_t last) {
-        Space space(call);
+    const std::int64_t alone = call.count / threads * threads;
+    parallel_for(alone, 1, threads, [&](std::int64_t first, std::int64_t last) {
+        Space space(call, 1);
         for (std::int64_t index = first; index < last; ++index) space.run(index);
     });
+    if (alone == call.count) return;
+    Space space(call, threads);
+    for (std::int64_t index = alone; index < call.count; ++index) space.run(index);
 }
 
 }  // namespace fastlora::FASTLORA_ISA

@@ -12,8 +12,8 @@ enum class Found : std::uint8_t { triples, nothing, extremes };
 struct BlockLanczos {
     const float* const* x;  // `count` matrices [rows, columns], rows `stride` apart
     std::int64_t count, stride, rows, columns;
-    std::int64_t blocks;  // of 8 vectors
-    const float* start;   // [16, columns] at random: of the space, and of what is to check it
+    std::int64_t width, blocks;  // of so many vectors: 8, 16, 24 or 32
+    const float* start;  // [2 width, columns] at random: of the space, and of what is to check it
     std::int64_t q;
     double low, high;  // norms between which it computes
     double alike;      // neighbours that differ by less than this share are checked

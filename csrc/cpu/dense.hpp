@@ -10,16 +10,34 @@
 namespace fastlora::FASTLORA_ISA {
 namespace {
 
+// One register of doubles.
+constexpr int WIDE = LANES / 2;
+typedef double Wide __attribute__((vector_size(8 * WIDE)));
+
+inline Wide wide(const double* from) {
+    Wide values;
+    std::memcpy(&values, from, sizeof values);
+    return values;
+}
+
+inline void put(double* to, Wide values) { std::memcpy(to, &values, sizeof values); }
+
 inline double dot(const double* one, const double* other, std::int64_t from, std::int64_t to) {
-    Doubles total = {};
-    for (std::int64_t i = from; i < to; i += LANES) total += load(one + i) * load(other + i);
-    return sum(total);
+    Wide low = {}, high = {};
+    for (std::int64_t i = from; i < to; i += LANES) {
+        low += wide(one + i) * wide(other + i);
+        high += wide(one + i + WIDE) * wide(other + i + WIDE);
+    }
+    low += high;
+    double total = 0;
+    for (int lane = 0; lane < WIDE; ++lane) total += low[lane];
+    return total;
 }
 
 inline void add(double* to, double factor, const double* what, std::int64_t from,
                 std::int64_t end) {
-    for (std::int64_t i = from; i < end; i += LANES) {
-        store(to + i, load(to + i) + factor * load(what + i));
+    for (std::int64_t i = from; i < end; i += WIDE) {
+        put(to + i, wide(to + i) + factor * wide(what + i));
     }
 }
 
@@ -105,8 +123,8 @@ private:
             for (int i = k + 1; i < n_; ++i) {
                 double* row = a_ + i * stride_;
                 const double vi = v[i], pi = p[i];
-                for (std::int64_t j = from; j < stride_; j += LANES) {
-                    store(row + j, load(row + j) - vi * load(p + j) - pi * load(v + j));
+                for (std::int64_t j = from; j < stride_; j += WIDE) {
+                    put(row + j, wide(row + j) - vi * wide(p + j) - pi * wide(v + j));
                 }
             }
         }
@@ -162,10 +180,10 @@ private:
     }
 
     void rotate(double* low, double* high, double c, double s) const {
-        for (std::int64_t j = 0; j < stride_; j += LANES) {
-            const Doubles one = load(low + j), other = load(high + j);
-            store(high + j, s * one + c * other);
-            store(low + j, c * one - s * other);
+        for (std::int64_t j = 0; j < stride_; j += WIDE) {
+            const Wide one = wide(low + j), other = wide(high + j);
+            put(high + j, s * one + c * other);
+            put(low + j, c * one - s * other);
         }
     }
 

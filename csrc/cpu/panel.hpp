@@ -32,6 +32,14 @@ inline Floats load_some(const float* from, std::int64_t count) {
     return values;
 }
 
+// Keeps the compiler from loading it again for every use.
+inline Floats in_register(Floats values) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(values));
+#endif
+    return values;
+}
+
 // sums [ROWS][GROUP][LANES] (+)= lane by lane the products of ROWS rows and TILE_GROUP vectors.
 template <int COUNT>
 void along_tile(Rows x, Rows v, std::int64_t length, bool first, float* sums) {
@@ -50,18 +58,22 @@ void along_tile(Rows x, Rows v, std::int64_t length, bool first, float* sums) {
         Floats left[COUNT];
         for (int i = 0; i < COUNT; ++i) left[i] = load(rows[i] + k);
         for (int c = 0; c < TILE_GROUP; ++c) {
-            const Floats right = load(vectors[c] + k);
+            const Floats right = in_register(load(vectors[c] + k));
             for (int i = 0; i < COUNT; ++i) acc[i][c] += left[i] * right;
-        }
-    }
-    if (k < length) {
-        for (int i = 0; i < COUNT; ++i) {
-            const Floats left = load_some(rows[i] + k, length - k);
-            for (int c = 0; c < TILE_GROUP; ++c) acc[i][c] += left * load(vectors[c] + k);
         }
     }
     for (int i = 0; i < COUNT; ++i) {
         for (int c = 0; c < TILE_GROUP; ++c) store(sums + (i * GROUP + c) * LANES, acc[i][c]);
+    }
+}
+
+// The same for the last `length` < LANES values of a row.
+inline void along_rest(const float* x, Rows v, std::int64_t length, bool first, float* sums) {
+    const Floats left = load_some(x, length);
+    for (int c = 0; c < GROUP; ++c) {
+        Floats own = left * load(v[c]);
+        if (!first) own += load(sums + c * LANES);
+        store(sums + c * LANES, own);
     }
 }
 
@@ -82,18 +94,22 @@ inline void along(Rows x, std::int64_t rows, Rows v, std::int64_t length, float*
                   std::int64_t out_stride) {
     alignas(64) float sums[PANEL * GROUP * LANES];
     for (std::int64_t from = 0; from < length; from += RUN) {
-        const std::int64_t some = least(length - from, RUN);
-        for (int c = 0; c < GROUP; c += TILE_GROUP) {
+        const std::int64_t some = least(length - from, RUN), whole = some / LANES * LANES;
+        for (int c = 0; whole && c < GROUP; c += TILE_GROUP) {
             const Rows vectors = v.from(c, from);
             float* to = sums + c * LANES;
             std::int64_t i = 0;
             for (; i + TILE_ROWS <= rows; i += TILE_ROWS) {
-                along_tile<TILE_ROWS>(x.from(i, from), vectors, some, from == 0,
+                along_tile<TILE_ROWS>(x.from(i, from), vectors, whole, from == 0,
                                       to + i * GROUP * LANES);
             }
             for (; i < rows; ++i) {
-                along_tile<1>(x.from(i, from), vectors, some, from == 0, to + i * GROUP * LANES);
+                along_tile<1>(x.from(i, from), vectors, whole, from == 0, to + i * GROUP * LANES);
             }
+        }
+        for (std::int64_t i = 0; whole < some && i < rows; ++i) {
+            along_rest(x[i] + from + whole, v.from(0, from + whole), some - whole,
+                       from + whole == 0, sums + i * GROUP * LANES);
         }
     }
     for (std::int64_t i = 0; i < rows; ++i) {
