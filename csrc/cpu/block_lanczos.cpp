@@ -13,7 +13,7 @@ namespace fastlora::FASTLORA_ISA {
 namespace {
 
 constexpr int PASSES = 4;             // of an orthonormalisation at most
-constexpr double SOUND = 0.03;        // pivots below this share of what was taken out: once more
+constexpr double SOUND = 0.03;        // pivots below this share of the whole: once more
 constexpr double SHIFT = 1e-6;        // of the mean square, where pivots vanish
 constexpr double ORTHONORMAL = 2e-6;  // what the results' Gram matrices may be off untouched
 constexpr double REPAIRED = 0.05;     // and up to where one Cholesky pass repairs them
@@ -260,7 +260,10 @@ private:
         float* w = block(number);
         const int before = number * block_;
         for (int pass = 0; pass < PASSES; ++pass) {
-            const double out = before ? project(w, before) : 0;
+            // All but rounding lies in the last two blocks. It goes first: taken out together with
+            // the rest, it would carry over what the basis lacks in orthogonality, growing by steps.
+            if (pass == 0 && before) project(w, number > 2 ? before - 2 * block_ : 0, before);
+            const double out = before ? project(w, 0, before) : 0;
             double g[WIDEST * WIDEST], factor[WIDEST * WIDEST];
             gram_of_rows({w, stride_}, block_, length_, g);
             double trace = 0;
@@ -289,21 +292,22 @@ private:
         return false;
     }
 
-    // Takes out of w what lies in the first `before` vectors; the squares of that.
-    double project(float* w, int before) {
+    // Takes out of w what lies in vectors first … last - 1; the squares of that.
+    double project(float* w, int first, int last) {
         double out = 0;
+        const int count = last - first;
+        const Rows basis = Rows{basis_ + 0, stride_}.from(first);
         for (int group = 0; group < block_; group += GROUP) {
             const Rows some{w + group * stride_, stride_};
-            for (int i = 0; i < before; i += PANEL) {
-                along({basis_ + i * stride_, stride_}, least(before - i, PANEL), some, length_,
-                      taken_ + i * GROUP, GROUP);
+            for (int i = 0; i < count; i += PANEL) {
+                along(basis.from(i), least(count - i, PANEL), some, length_, taken_ + i * GROUP,
+                      GROUP);
             }
-            for (int i = 0; i < before * GROUP; ++i) {
+            for (int i = 0; i < count * GROUP; ++i) {
                 out += static_cast<double>(taken_[i]) * taken_[i];
                 taken_[i] = -taken_[i];
             }
-            across({basis_ + 0, stride_}, before, length_, taken_ + 0, GROUP,
-                   w + group * stride_, stride_);
+            across(basis, count, length_, taken_ + 0, GROUP, w + group * stride_, stride_);
         }
         return out;
     }
