@@ -302,12 +302,8 @@ class Sweep:
 
             start = self._started(name, seed)
             began = time.monotonic()
-            held_out, every = (
-                (self.reported, EVERY) if seed else (self.choosing, self.args.steps)
-            )
-            run = start.run(
-                lr, self.batches[seed], held_out, every, self.args.optimizer, shown
-            )
+            held_out, every = (self.reported, EVERY) if seed else (self.choosing, self.args.steps)
+            run = start.run(lr, self.batches[seed], held_out, every, self.args.optimizer, shown)
             run |= {
                 "method": name,
                 "lr": lr,
@@ -349,8 +345,7 @@ def steps_to(target: float, held_out: dict[int, float]) -> float | None:
 def smoothed(losses: Sequence[float]) -> list[float]:
     """The mean of each step's loss and those before it, of ``WINDOW`` steps at most."""
     return [
-        statistics.fmean(losses[max(0, step - WINDOW) : step])
-        for step in range(1, len(losses) + 1)
+        statistics.fmean(losses[max(0, step - WINDOW) : step]) for step in range(1, len(losses) + 1)
     ]
 
 
