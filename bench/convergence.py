@@ -6,11 +6,12 @@
 
 Every method starts at the same function and sees the same batches in the same order; scalings are
 those of the papers, and the learning rate is each method's own: all get the rates of one coarse
-grid on data order 0, then the two half-way to the best one's neighbours. The rate with the lowest
-held-out loss at the last step runs again from ``--seeds`` other seeds (of the data's order and of
-what is drawn at the start), and these runs alone are reported. Half of the held-out batches choose
-the rate, the other half gives the losses reported. Rates rise over the first steps, then stay, so
-that a loss at any step is that of a run of this many steps.
+grid on data order 0, from the lowest up until one is worse than the best by 0.2, then the two
+half-way to the best one's neighbours. The rate with the lowest held-out loss at the last step runs
+again from ``--seeds`` other seeds (of the data's order and of what is drawn at the start), and
+these runs alone are reported. Half of the held-out batches choose the rate, the other half gives
+the losses reported. Rates rise over the first steps, then stay, so that a loss at any step is that
+of a run of this many steps.
 
 Each finished run is a line of ``--runs``, and a run that stands there is not run again: a sweep
 that was interrupted, or stopped by ``--stop-after``, goes on. The table needs all of them.
@@ -46,6 +47,7 @@ START_BATCHES = 8  # that LoRA-GA takes its gradient from
 EVERY = 10  # steps between two held-out losses of a reported run
 WINDOW = 10  # steps that a training loss is averaged over
 LOST = 2.0  # above the first loss, a run is given up
+TOO_HIGH = 0.2  # above the best loss, no higher rate is tried
 
 Run = dict[str, Any]
 
@@ -235,6 +237,12 @@ def tuned(runs: Iterable[Run], method: str) -> dict[float, float]:
     return {r["lr"]: final(r) for r in runs if r["method"] == method and r["seed"] == 0}
 
 
+def hopeless(losses: dict[float, float], rate: float) -> bool:
+    """Whether the next lower rate is already too high by ``TOO_HIGH``."""
+    lower = [known for known in losses if known < rate]
+    return bool(lower) and losses[max(lower)] > min(losses.values()) + TOO_HIGH
+
+
 def beside(best: float, grid: Sequence[float]) -> list[float]:
     """The two rates half-way, by their ratio, to the best one's neighbours in the grid.
 
@@ -277,10 +285,12 @@ class Sweep:
 
     def _method(self, name: str, bar: Any) -> bool:
         for rate in self.args.rates:
-            if not self._run(name, rate, 0, bar):
+            if hopeless(tuned(self.runs, name), rate):
+                bar.update(self.args.steps)
+            elif not self._run(name, rate, 0, bar):
                 return False
         losses = tuned(self.runs, name)
-        coarse = min(self.args.rates, key=lambda rate: losses[rate])
+        coarse = min(losses.keys() & set(self.args.rates), key=lambda rate: losses[rate])
         for rate in beside(coarse, self.args.rates):
             if not self._run(name, rate, 0, bar):
                 return False

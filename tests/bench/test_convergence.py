@@ -46,6 +46,14 @@ def test_rates_are_refined_by_half_the_grids_ratio():
     assert beside(8e-5, [2e-5, 8e-5, 3.2e-4]) == [4e-5, 1.6e-4]
 
 
+def test_rates_above_one_that_is_far_worse_are_not_tried():
+    losses = {1e-5: 3.5, 4e-5: 3.0, 1.6e-4: 3.25}
+    assert not convergence.hopeless({}, 1e-5)
+    assert not convergence.hopeless(losses, 1.6e-4)
+    assert convergence.hopeless(losses, 6.4e-4)
+    assert not convergence.hopeless({1e-5: 3.5, 4e-5: 3.0}, 1.6e-4)
+
+
 def finished(method, lr, seed, held_out, lost=None):
     return {
         "method": method, "lr": lr, "seed": seed, "held_out": held_out, "lost": lost,
