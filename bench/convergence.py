@@ -5,13 +5,12 @@
                                 [--json FILE] [--png FILE]
 
 Every method starts at the same function and sees the same batches in the same order; scalings are
-those of the papers, and the learning rate is each method's own: all get the rates of one coarse
-grid on data order 0, from the lowest up until one is worse than the best by 0.2, then the two
-half-way to the best one's neighbours. The rate with the lowest held-out loss at the last step runs
-again from ``--seeds`` other seeds (of the data's order and of what is drawn at the start), and
-these runs alone are reported. Half of the held-out batches choose the rate, the other half gives
-the losses reported. Rates rise over the first steps, then stay, so that a loss at any step is that
-of a run of this many steps.
+those of the papers, and the learning rate is each method's own: from the middle of ``--rates``, all
+try the neighbours of the best rate so far until neither is better, on data order 0. The rate with
+the lowest held-out loss at the last step runs again from ``--seeds`` other seeds (of the data's
+order and of what is drawn at the start), and these runs alone are reported. Half of the held-out
+batches choose the rate, the other half gives the losses reported. Rates rise over the first steps,
+then stay, so that a loss at any step is that of a run of this many steps.
 
 Each finished run is a line of ``--runs``, and a run that stands there is not run again: a sweep
 that was interrupted, or stopped by ``--stop-after``, goes on. The table needs all of them.
@@ -47,7 +46,6 @@ START_BATCHES = 8  # that LoRA-GA takes its gradient from
 EVERY = 10  # steps between two held-out losses of a reported run
 WINDOW = 10  # steps that a training loss is averaged over
 LOST = 2.0  # above the first loss, a run is given up
-TOO_HIGH = 0.2  # above the best loss, no higher rate is tried
 
 Run = dict[str, Any]
 
@@ -232,24 +230,22 @@ def final(run: Run) -> float:
     return math.inf if run["lost"] else run["held_out"][max(run["held_out"])]
 
 
-def tuned(runs: Iterable[Run], method: str) -> dict[float, float]:
-    """Learning rate → held-out loss at the end of the runs that choose it."""
-    return {r["lr"]: final(r) for r in runs if r["method"] == method and r["seed"] == 0}
+def tuned(runs: Iterable[Run], method: str, rates: Sequence[float]) -> dict[float, float]:
+    """Learning rate → held-out loss at the end of the runs that choose it, of those tried."""
+    runs = list(runs)
+    found = ((rate, find_run(runs, method, rate, 0)) for rate in rates)
+    return {rate: final(run) for rate, run in found if run is not None}
 
 
-def hopeless(losses: dict[float, float], rate: float) -> bool:
-    """Whether the next lower rate is already too high by ``TOO_HIGH``."""
-    lower = [known for known in losses if known < rate]
-    return bool(lower) and losses[max(lower)] > min(losses.values()) + TOO_HIGH
-
-
-def beside(best: float, grid: Sequence[float]) -> list[float]:
-    """The two rates half-way, by their ratio, to the best one's neighbours in the grid.
-
-    At an end of the grid one of them lies outside of it.
-    """
-    ratio = math.sqrt(grid[1] / grid[0])
-    return [float(f"{rate:.3g}") for rate in (best / ratio, best * ratio)]
+def next_rate(losses: dict[float, float], rates: Sequence[float]) -> float | None:
+    """The rate to try next, of an ascending grid; None where no neighbour of the best is left."""
+    if not losses:
+        return rates[len(rates) // 2]
+    best = rates.index(min(losses, key=lambda rate: losses[rate]))
+    for place in (best + 1, best - 1):
+        if 0 <= place < len(rates) and rates[place] not in losses:
+            return rates[place]
+    return None
 
 
 # --- the sweep ---------------------------------------------------------------------------------
@@ -275,56 +271,46 @@ class Sweep:
         self._start: tuple[tuple[str, int], Start] | None = None
 
     def all(self) -> bool:
-        """Whether every run is there now."""
+        """Whether every run is there now; rates first, then one seed after the other."""
+        best = {}
+        for name in self.args.methods:
+            losses = tuned(self.runs, name, self.args.rates)
+            while (rate := next_rate(losses, self.args.rates)) is not None:
+                if not self._run(name, rate, 0):
+                    return False
+                losses = tuned(self.runs, name, self.args.rates)
+            best[name] = min(losses, key=lambda rate: losses[rate])
+        seeds = range(1, self.args.seeds + 1)
+        return all(self._run(name, best[name], seed) for seed in seeds for name in best)
+
+    def _run(self, name: str, lr: float, seed: int) -> bool:
+        if find_run(self.runs, name, lr, seed) is not None:
+            return True
+        if time.monotonic() - self.began > self.args.stop_after:
+            return False
         from tqdm import tqdm
 
-        names = self.args.methods
-        planned = len(names) * (len(self.args.rates) + 2 + self.args.seeds)
-        with tqdm(total=planned * self.args.steps, unit="step", ncols=100) as bar:
-            return all(self._method(name, bar) for name in names)
-
-    def _method(self, name: str, bar: Any) -> bool:
-        for rate in self.args.rates:
-            if hopeless(tuned(self.runs, name), rate):
-                bar.update(self.args.steps)
-            elif not self._run(name, rate, 0, bar):
-                return False
-        losses = tuned(self.runs, name)
-        coarse = min(losses.keys() & set(self.args.rates), key=lambda rate: losses[rate])
-        for rate in beside(coarse, self.args.rates):
-            if not self._run(name, rate, 0, bar):
-                return False
-        losses = tuned(self.runs, name)
-        best = min(losses, key=lambda rate: losses[rate])
-        seeds = range(1, self.args.seeds + 1)
-        return all(self._run(name, best, seed, bar) for seed in seeds)
-
-    def _run(self, name: str, lr: float, seed: int, bar: Any) -> bool:
-        goal = bar.n + self.args.steps
-        if find_run(self.runs, name, lr, seed) is None:
-            if time.monotonic() - self.began > self.args.stop_after:
-                return False
-            bar.set_description(f"{name} lr {lr:g} seed {seed}")
+        start = self._started(name, seed)
+        title = f"{name}, lr {lr:g}, seed {seed}"
+        began = time.monotonic()
+        with tqdm(total=self.args.steps, desc=title, unit="step", ncols=100) as bar:
 
             def shown(loss: float) -> None:
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
                 bar.update()
 
-            start = self._started(name, seed)
-            began = time.monotonic()
             held_out, every = (self.reported, EVERY) if seed else (self.choosing, self.args.steps)
             run = start.run(lr, self.batches[seed], held_out, every, self.args.optimizer, shown)
-            run |= {
-                "method": name,
-                "lr": lr,
-                "seed": seed,
-                "scaling": start.scaling,
-                "seconds": round(time.monotonic() - began, 1),
-                "settings": self.settings,
-            }
-            write_run(self.args.runs, run)
-            self.runs.append(run)
-        bar.update(goal - bar.n)
+        run |= {
+            "method": name,
+            "lr": lr,
+            "seed": seed,
+            "scaling": start.scaling,
+            "seconds": round(time.monotonic() - began, 1),
+            "settings": self.settings,
+        }
+        write_run(self.args.runs, run)
+        self.runs.append(run)
         return True
 
     def _started(self, name: str, seed: int) -> Start:
@@ -359,7 +345,9 @@ def smoothed(losses: Sequence[float]) -> list[float]:
     ]
 
 
-def summary(runs: list[Run], names: Sequence[str], seeds: int) -> dict[str, Any]:
+def summary(
+    runs: list[Run], names: Sequence[str], rates: Sequence[float], seeds: int
+) -> dict[str, Any]:
     """The figures of each method, over the seeds that are reported.
 
     ``to_lora``: by seed, the steps to the held-out loss that LoRA has at the end from that seed.
@@ -368,7 +356,7 @@ def summary(runs: list[Run], names: Sequence[str], seeds: int) -> dict[str, Any]
     found: dict[str, Any] = {}
     chosen: dict[str, list[Run]] = {}
     for name in names:
-        losses = tuned(runs, name)
+        losses = tuned(runs, name, rates)
         best = min(losses, key=lambda rate: losses[rate])
         every = [find_run(runs, name, best, seed) for seed in range(1, seeds + 1)]
         chosen[name] = [run for run in every if run is not None]
@@ -380,7 +368,7 @@ def summary(runs: list[Run], names: Sequence[str], seeds: int) -> dict[str, Any]
             "setting": CONTENDERS[name].scaling,
             "lr": best,
             "tuning": {f"{rate:g}": losses[rate] for rate in sorted(losses)},
-            "best_rate_is_at_the_end": best in (min(losses), max(losses)),
+            "best_rate_is_at_the_end": best in (min(rates), max(rates)),
             "held_out": [run["held_out"] for run in chosen[name]],
             "training": [run["loss"] for run in chosen[name]],
             "lost": [run["lost"] for run in chosen[name]],
@@ -505,7 +493,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--runs", type=Path, required=True, metavar="FILE")
     parser.add_argument("--methods", default=MAIN, help=", ".join(CONTENDERS))
-    parser.add_argument("--rates", default=RATES, help="at even ratios, from the lowest")
+    parser.add_argument("--rates", default=RATES, help="the grid they are chosen from")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=2)
@@ -522,9 +510,9 @@ def main(argv: list[str] | None = None) -> int:
     args.methods = args.methods.split(",")
     if unknown := [name for name in args.methods if name not in CONTENDERS]:
         parser.error(f"there is no method {unknown[0]}; there is {', '.join(CONTENDERS)}")
-    args.rates = [float(rate) for rate in args.rates.split(",")]
-    if len(args.rates) < 2 or args.seeds < 1:
-        parser.error("at least two rates and one seed are needed")
+    args.rates = sorted(float(rate) for rate in args.rates.split(","))
+    if args.seeds < 1:
+        parser.error("at least one seed is needed")
     torch.set_num_threads(args.threads)
 
     source = model.find(args.model)
@@ -543,7 +531,7 @@ def main(argv: list[str] | None = None) -> int:
     if not sweep.all():
         print("runs are still missing; the same command goes on with them", file=sys.stderr)
         return 3
-    found = summary(sweep.runs, args.methods, args.seeds)
+    found = summary(sweep.runs, args.methods, args.rates, args.seeds)
     conditions = settings | {
         "seeds": args.seeds,
         "held_out_tokens": sum(batch.numel() for batch in sweep.reported),

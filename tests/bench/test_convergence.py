@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import convergence
-from bench.convergence import CONTENDERS, Start, beside, read_runs, smoothed, steps_to, summary
+from bench.convergence import CONTENDERS, Start, next_rate, read_runs, smoothed, steps_to, summary
 from fastlora.cli.demo.data import Batches
 
 pytest.importorskip("transformers")
@@ -42,16 +42,20 @@ def test_smoothed_looks_back_only():
     assert smoothed(losses)[-1] == pytest.approx(sum(range(5, 15)) / 10)
 
 
-def test_rates_are_refined_by_half_the_grids_ratio():
-    assert beside(8e-5, [2e-5, 8e-5, 3.2e-4]) == [4e-5, 1.6e-4]
-
-
-def test_rates_above_one_that_is_far_worse_are_not_tried():
-    losses = {1e-5: 3.5, 4e-5: 3.0, 1.6e-4: 3.25}
-    assert not convergence.hopeless({}, 1e-5)
-    assert not convergence.hopeless(losses, 1.6e-4)
-    assert convergence.hopeless(losses, 6.4e-4)
-    assert not convergence.hopeless({1e-5: 3.5, 4e-5: 3.0}, 1.6e-4)
+def test_rates_are_tried_from_the_middle_until_neither_neighbour_is_better():
+    rates = [1.0, 2.0, 4.0, 8.0, 16.0]
+    losses = {}
+    assert next_rate(losses, rates) == 4.0
+    losses[4.0] = 3.0
+    assert next_rate(losses, rates) == 8.0
+    losses[8.0] = math.inf
+    assert next_rate(losses, rates) == 2.0
+    losses[2.0] = 2.5
+    assert next_rate(losses, rates) == 1.0
+    losses[1.0] = 2.6
+    assert next_rate(losses, rates) is None
+    losses = {4.0: 3.0, 8.0: 2.0, 16.0: 1.0}  # the end of the grid
+    assert next_rate(losses, rates) is None
 
 
 def finished(method, lr, seed, held_out, lost=None):
@@ -72,14 +76,14 @@ def test_summary_compares_with_lora_seed_by_seed():
         finished("pissa", 0.2, 1, {0: 4.0, 10: 2.0, 20: 1.5}),
         finished("pissa", 0.2, 2, {0: 4.0, 10: 3.5, 20: 3.25}),
     ]
-    found = summary(runs, ["lora", "pissa"], 2)
+    found = summary(runs, ["lora", "pissa"], [0.1, 0.2, 0.4], 2)
     assert (found["lora"]["lr"], found["pissa"]["lr"]) == (0.1, 0.2)
     assert found["lora"]["to_lora"] == [20, 10]
     assert found["pissa"]["to_lora"] == [10, None]
     assert found["pissa"]["below_lora"] == [0.5, -0.25]
     assert found["pissa"]["tuning"] == {"0.1": math.inf, "0.2": 2.9}
     with pytest.raises(ValueError, match="pissa lacks runs"):
-        summary(runs, ["pissa"], 3)
+        summary(runs, ["pissa"], [0.1, 0.2, 0.4], 3)
 
 
 # --- the file of runs --------------------------------------------------------------------------
@@ -134,19 +138,20 @@ def test_a_sweep_goes_on_where_it_stopped(tiny_llama, monkeypatch, tmp_path, cap
         lambda _, __, steps, batch, seq_len, seed: Batches(ids(steps, seed, batch), ids(4, 9), 1),
     )
     runs, figures, picture = (tmp_path / name for name in ("runs.jsonl", "a.json", "a.png"))
-    command = ["--runs", str(runs), "--methods", "lora,pissa", "--rates", "1e-3,4e-3"]
+    command = ["--runs", str(runs), "--methods", "lora,pissa", "--rates", "1e-3,4e-3,1.6e-2"]
     command += ["--steps", "20", "--seeds", "2", "--rank", "4", "--threads", "1"]
     assert convergence.main([*command, "--stop-after", "0"]) == 3
     assert not runs.exists()
     assert convergence.main(command) == 0
     lines = runs.read_text().splitlines()
-    assert len(lines) == 2 * (2 + 2 + 2)
+    seeds = [json.loads(line)["seed"] for line in lines]
+    assert seeds[-4:] == [1, 1, 2, 2] and set(seeds[:-4]) == {0} and 4 <= len(seeds[:-4]) <= 6
     runs.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:30])  # as a crash would leave it
     assert convergence.main([*command, "--json", str(figures), "--png", str(picture)]) == 0
     assert len(runs.read_text().splitlines()) == len(lines)
     written = json.loads(figures.read_text())
     assert written["conditions"]["model"] == "tiny"
-    assert len(written["methods"]["pissa"]["tuning"]) == 4
+    assert 2 <= len(written["methods"]["pissa"]["tuning"]) <= 3
     assert len(written["methods"]["pissa"]["to_lora"]) == 2
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "PiSSA" in capsys.readouterr().out
