@@ -403,6 +403,18 @@ def table(found: dict[str, Any], steps: int) -> str:
     return "\n".join(lines)
 
 
+def rates_table(found: dict[str, Any]) -> str:
+    """What each learning rate came to on the half that chooses; "lost" where a run was given up."""
+    rates = sorted({float(rate) for figures in found.values() for rate in figures["tuning"]})
+    lines = [f"{'held-out loss at rate':<42}" + "".join(f"{rate:>10.3g}" for rate in rates)]
+    for figures in found.values():
+        tuning = {float(rate): loss for rate, loss in figures["tuning"].items()}
+        cells = [f"{tuning[rate]:.3f}" if rate in tuning else "–" for rate in rates]
+        cells = ["lost" if cell == "inf" else cell for cell in cells]
+        lines.append(f"{figures['title']:<42}" + "".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(lines)
+
+
 def _differences(values: list[float]) -> str:
     return f"{statistics.fmean(values):+.3f} ({min(values):+.3f}…)"
 
@@ -540,7 +552,8 @@ def main(argv: list[str] | None = None) -> int:
         "versions": versions(),
     }
     if "lora" in found:
-        print(table(found, args.steps))
+        print(table(found, args.steps) + "\n")
+    print(rates_table(found))
     if args.json:
         _write_json({"conditions": conditions, "methods": found}, args.json)
     if args.png:

@@ -82,6 +82,10 @@ def test_summary_compares_with_lora_seed_by_seed():
     assert found["pissa"]["to_lora"] == [10, None]
     assert found["pissa"]["below_lora"] == [0.5, -0.25]
     assert found["pissa"]["tuning"] == {"0.1": math.inf, "0.2": 2.9}
+    assert convergence.table(found, 20).splitlines()[2].split()[-2:] == ["10,", "never"]
+    rows = [line.split() for line in convergence.rates_table(found).splitlines()]
+    assert rows[0][-2:] == ["0.1", "0.2"]
+    assert rows[1] == ["LoRA", "2.500", "2.900"] and rows[2] == ["PiSSA", "lost", "2.900"]
     with pytest.raises(ValueError, match="pissa lacks runs"):
         summary(runs, ["pissa"], [0.1, 0.2, 0.4], 3)
 
