@@ -162,21 +162,22 @@ def main(argv: list[str] | None = None) -> int:
             blocks = len(subject.base.model.layers)
             print(table(rows, subject.batch.numel() * blocks))
         figures[key] = {"title": subject.title, "bytes": rows}
+        if args.json:  # after every model, for the next may take long
+            result = {
+                "format": FORMAT,
+                "conditions": {
+                    "dropout": args.dropout,
+                    "counted": memory.CPU_METHOD,
+                    "device": devices()[0]["name"],
+                    "versions": {name: own for name, own in versions().items() if own},
+                },
+                "models": figures,
+                "problems": problems,
+            }
+            text = json.dumps(result, indent=1, ensure_ascii=False)
+            Path(args.json).write_text(text + "\n")
     for problem in problems:
         print(problem)
-    if args.json:
-        result = {
-            "format": FORMAT,
-            "conditions": {
-                "dropout": args.dropout,
-                "counted": memory.CPU_METHOD,
-                "device": devices()[0]["name"],
-                "versions": {name: own for name, own in versions().items() if own},
-            },
-            "models": figures,
-            "problems": problems,
-        }
-        Path(args.json).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return 1 if problems else 0
 
 
