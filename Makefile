@@ -2,6 +2,7 @@
 # make test   every test that needs no GPU
 # make lint   formatting, style and types
 # make gpu    on a machine with a GPU: build, tests, tuning, timing, with the torch that is installed
+# make bench  every operation beside peft's and the device's limits, into bench/results/
 # The first of them makes .venv and installs what constraints.txt pins.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --quiet -c constraints.
 # Models run on all cores; tests run one process a core, so each takes one thread.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint compile-matrix traffic memory gpu clean
+.PHONY: demo test lint bench compile-matrix traffic memory gpu clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m fastlora demo --out out/demo
@@ -23,6 +24,9 @@ lint: $(VENV)/.ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+bench: $(VENV)/.ready
+	$(RUN) -m bench.throughput
 
 compile-matrix: $(VENV)/.ready
 	$(RUN) -m bench.compile_matrix

@@ -135,8 +135,8 @@ def as_data(roof: Roof) -> dict[str, float]:
 
 
 def commit() -> str | None:
-    """The last commit of what is not results, '+' where a file differs; None outside git."""
-    tracked = ("--", "..", ":!results")
+    """The last commit of the code, with '+' where a file differs from it; None outside git."""
+    tracked = ("--", "../fastlora", "../csrc", ".", ":!results")
     head = _git("log", "-1", "--format=%h", *tracked)
     changed = _git("status", "--porcelain", "--untracked-files=no", *tracked)
     return head + ("+" if changed else "") if head else None

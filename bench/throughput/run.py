@@ -46,7 +46,7 @@ class Row:
 
 
 def sets_of(operation: Operation, cell: Cell) -> int:
-    """How many sets of operands take turns: so many that the last-level cache holds half of them."""
+    """How many sets of operands take turns: twice what the last-level cache holds."""
     enough = math.ceil(2 * here.cache_bytes(cell.device) / operation.set_bytes(cell))
     return min(max(2, enough), SETS)
 
