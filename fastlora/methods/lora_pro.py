@@ -47,8 +47,8 @@ class LoRAPro:
 
     Adam's second moment remembers those first g_A, so that behind it, from B = 0, "efficient" moves
     A less than plain LoRA does, the more so with a warm-up; a damping of 1e-2 or more, or a start
-    with a B that is not zero (LoRA-GA's), keeps A moving. LoRA-Pro's "full" mode and LoRA-GA want
-    learning rates near those of full fine-tuning, not LoRA's.
+    with a B that is not zero (LoRA-GA's), keeps A moving. Mode "full" wants a
+    lower learning rate than LoRA.
 
     It hangs on the optimizer's own hooks and so works in any loop that calls ``optimizer.step()``
     with the gradients there (not with a closure). Clip gradients before the step. The gradients
