@@ -176,16 +176,19 @@ class SignOptimizer(torch.optim.Optimizer):
                 f"{where} is on {param.device} but its momentum on {kept.device}: move the model "
                 "before the first step, or load the optimizer's state again"
             )
+        here = local(param)
+        if here.numel() and not here.untyped_storage().nbytes() and here.device.type != "meta":
+            raise ValueError(f"the memory of {where} has been freed")
         entry = Entry(param, grad, group, state, where)
         if grad is not None:
             if grad.shape != param.shape:
                 raise ValueError(
                     f"{where} has shape {list(param.shape)} but its gradient {list(grad.shape)}"
                 )
-            here = local(grad)
+            new = local(grad)
             if group["lazy_rows"]:
-                entry.moved_rows = rows.touched(here)
-            entry.grad = here.to_dense() if here.is_sparse else here
+                entry.moved_rows = rows.touched(new)
+            entry.grad = new.to_dense() if new.is_sparse else new
         return entry
 
     def _begin(self, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:

@@ -320,7 +320,8 @@ class Tiger(SignOptimizer):
             _, ratio, lost = batch.key.what
             if lost[0]:
                 for param, center in zip(batch.params, batch.centers, strict=True):
-                    param.copy_((param.float() - center) * ratio ** lost[0] + center)
+                    wide = param.to(torch.promote_types(param.dtype, torch.float32))
+                    param.copy_((wide - center) * ratio ** lost[0] + center)
             if not lost[1]:
                 apply_momentum(batch.params, batch.momenta, **_move(batch), cache=self._cache(batch))
         adamw_step()
