@@ -28,8 +28,20 @@ from fastlora.ops.sign_momentum.eight_bit import EightBit
 Momentum = Tensor | EightBit
 Number = float | Tensor  # a tensor: 0-dim, on the parameters' device
 
-# Each module has ``update(job)``, which does all that a Job asks for.
-BACKENDS = (_backend.Backend("eager", "fastlora.ops.sign_momentum.eager"),)
+# Each module has ``read(job, kept)``, the lists as it takes them or None where it cannot check them
+# faster than op.py does, and ``update(job, table)``, which does all that a Job asks for.
+BACKENDS = (
+    _backend.Backend(
+        "native",
+        "fastlora.ops.sign_momentum.native",
+        refuses=(
+            _backend.only_devices("cpu"),
+            _backend.only_dtypes(*_backend.FLOATS),
+            _backend.needs_native,
+        ),
+    ),
+    _backend.Backend("eager", "fastlora.ops.sign_momentum.eager"),
+)
 
 
 @dataclass(eq=False)

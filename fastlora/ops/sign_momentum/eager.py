@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from fastlora.ops.sign_momentum.contract import Job, Momentum, Number, compute_dtype, keys
-from fastlora.ops.sign_momentum.eight_bit import EightBit
+from fastlora.ops.sign_momentum.eight_bit import EightBit, double
+
+
+def read(job: Job, kept: Any = None) -> None:
+    """Nothing: op.py's checks are needed."""
 
 
 @torch.no_grad()
-def update(job: Job) -> Tensor | None:
+def update(job: Job, table: Any = None) -> Tensor | None:
     """Everything the job asks for, in place; with shrink, which gradients were not finite."""
     momenta, params, grads = job.momenta, job.params, job.grads
     if not momenta:
@@ -145,16 +149,15 @@ def _one(values: list[float]) -> float | list[float]:
 def _scale(
     lr: Number, decay: Number, floor: Number, kind: str | None, theta: Tensor
 ) -> tuple[Tensor, Tensor]:
-    # MPS has no float64
-    double = torch.float32 if theta.device.type == "mps" else torch.float64
-    eta = torch.as_tensor(lr, dtype=double, device=theta.device)
+    wide = double(theta.device)
+    eta = torch.as_tensor(lr, dtype=wide, device=theta.device)
     if kind is not None:
-        squares = theta.to(double).square()
+        squares = theta.to(wide).square()
         by_row = kind == "rows" and theta.dim() > 0
         mean = squares.mean(-1, keepdim=True) if by_row else squares.mean()
-        rms = mean.sqrt().to(theta.dtype).to(double)
-        eta = eta * rms.maximum(torch.as_tensor(floor, dtype=double, device=theta.device))
-    w = 1 - eta * torch.as_tensor(decay, dtype=double, device=theta.device)
+        rms = mean.sqrt().to(theta.dtype).to(wide)
+        eta = eta * rms.maximum(torch.as_tensor(floor, dtype=wide, device=theta.device))
+    w = 1 - eta * torch.as_tensor(decay, dtype=wide, device=theta.device)
     return eta.to(theta.dtype), w.to(theta.dtype)
 
 

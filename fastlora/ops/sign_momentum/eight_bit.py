@@ -76,8 +76,10 @@ class EightBit:
         tiles = flat.view(-1, BLOCK)
         scales = tiles.abs().amax(dim=1)
         scales = torch.where(scales.isfinite(), scales, torch.nan)
-        roots = (tiles.abs() / scales[:, None]).sqrt() * LEVELS
-        codes = torch.where(scales[:, None] > 0, roots.round() * tiles.sign(), 0.0)
+        # torch's float32 root is off by one unit here and there (MKL's, on CPUs)
+        roots = (tiles.abs() / scales[:, None]).to(double(flat.device)).sqrt().to(torch.float32)
+        codes = (roots * LEVELS).round() * tiles.sign()
+        codes = torch.where(scales[:, None] > 0, codes, 0.0)
         self.scales.copy_(scales)
         self.codes.view(-1).copy_(codes.to(torch.int8).view(-1)[:n])
         return self
@@ -124,3 +126,8 @@ class EightBit:
 def blocks(n: int) -> int:
     """How many scales n elements have."""
     return -(-n // BLOCK)
+
+
+def double(device: torch.device) -> torch.dtype:
+    """The widest floating dtype of a device: Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64

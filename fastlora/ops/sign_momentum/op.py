@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,12 +19,13 @@ RELATIVE = (None, "tensor", "rows")
 
 
 class SignMomentumCache:
-    """What one caller's calls have in common, so that only what has changed is looked at again.
+    """What one caller's calls have in common, so that only what has changed is done again.
 
-    For the calls of one list, as an optimizer's group makes them; not for several threads at once.
+    One for each list that is called with again and again; not for several threads at once.
     """
 
     def __init__(self) -> None:
+        self.module: ModuleType | None = None
         self.table: Any = None
 
 
@@ -112,7 +114,7 @@ def sign_momentum(
         rows=_rows(rows, momenta), mask_momentum=mask_momentum_rows,
         shrink=ratio, centers=centers, skip=None, moves=True, seed=_seed(rounding, seed),
     )  # fmt: skip
-    return _run("sign_momentum", job, backend)
+    return _run("sign_momentum", job, cache, backend)
 
 
 def fold_gradients(
@@ -156,7 +158,7 @@ def fold_gradients(
         rows=_rows(rows, momenta), mask_momentum=True,
         shrink=ratio, centers=centers, skip=None, moves=False, seed=_seed(rounding, seed),
     )  # fmt: skip
-    return _run("fold_gradients", job, backend)
+    return _run("fold_gradients", job, cache, backend)
 
 
 def apply_momentum(
@@ -187,72 +189,35 @@ def apply_momentum(
         rows=_rows(rows, momenta), mask_momentum=False,
         shrink=None, centers=None, skip=skip, moves=True, seed=_seed(rounding, seed),
     )  # fmt: skip
-    _run("apply_momentum", job, backend)
+    _run("apply_momentum", job, cache, backend)
 
 
-def _run(name: str, job: Job, backend: str | None) -> Tensor | None:
-    at = _check(name, job)
-    if at is None:
-        return torch.zeros(0, dtype=torch.bool) if job.shrink is not None else None
-    return _backend.select(name, BACKENDS, *at, backend).update(job)
-
-
-# --- checks -------------------------------------------------------------------------------------
-
-
-def _check(name: str, job: Job) -> tuple[torch.device, torch.dtype] | None:
-    """Where and in what the call computes; None for an empty list."""
+def _run(
+    name: str, job: Job, cache: SignMomentumCache | None, backend: str | None
+) -> Tensor | None:
     n = len(job.momenta)
     for kind, tensors in (("params", job.params), ("grads", job.grads)):
         if tensors is not None and len(tensors) != n:
             raise ValueError(f"{name} got {len(tensors)} {kind} for {n} momenta")
     if not n:
-        return None
-    first = (job.grads if job.params is None else job.params) or ()
-    device, widest = first[0].device, torch.float32
-    seen: set[int] = set()
-    for i, momentum in enumerate(job.momenta):
-        if isinstance(momentum, EightBit):
-            kept: Tensor = momentum.codes
-        else:
-            kept = momentum
-            if kept.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-                raise TypeError(
-                    f"momenta[{i}] is {kept.dtype}; momentum is float32, bfloat16 or EightBit"
-                )
-        shape = kept.shape
-        written = [("momenta", kept)]
-        wide = kept.dtype == torch.float64
-        if job.params is not None:
-            param = job.params[i]
-            if param.dtype not in PARAMS:
-                raise TypeError(f"params[{i}] is {param.dtype}; parameters are floating tensors")
-            if wide and param.dtype != torch.float64:
-                raise TypeError(f"momenta[{i}] is float64 but params[{i}] is {param.dtype}")
-            wide = param.dtype == torch.float64
-            _like(f"params[{i}]", param, f"momenta[{i}]", shape, device)
-            written.append(("params", param))
-        if job.grads is not None:
-            grad = job.grads[i]
-            if grad.dtype not in PARAMS or (grad.dtype == torch.float64 and not wide):
-                raise TypeError(f"grads[{i}] is {grad.dtype}; gradients are floating tensors")
-            _like(f"grads[{i}]", grad, f"momenta[{i}]", shape, device)
-        if wide:
-            widest = torch.float64
-        if kept.device != device:
-            raise ValueError(f"momenta[{i}] is on {kept.device}, not on {device}")
-        for kind, tensor in written:
-            if tensor.numel() == 0:
-                continue
-            if 0 in tensor.stride() and any(
-                step == 0 and size > 1
-                for step, size in zip(tensor.stride(), tensor.shape, strict=True)
-            ):
-                raise ValueError(f"{kind}[{i}] overlaps itself: it is expanded, and cannot be set")
-            address = tensor.data_ptr()
-            if address in seen:
-                raise ValueError(f"the memory of {kind}[{i}] occurs twice in the lists")
-            seen.add(address)
+        return torch.zeros(0, dtype=torch.bool) if job.shrink is not None else None
+    _check_masks(job)
+    module = _backend.select(name, BACKENDS, job.momenta[0].device, torch.float32, backend)
+    cache = cache or SignMomentumCache()
+    kept = cache.table if cache.module is module else None
+    table = module.read(job, kept)
+    if table is None:
+        dtype = _check(job)
+        module = _backend.select(name, BACKENDS, job.momenta[0].device, dtype, backend)
+    cache.module, cache.table = module, table
+    return module.update(job, table)
+
+
+# --- checks -------------------------------------------------------------------------------------
+
+
+def _check_masks(job: Job) -> None:
+    device, n = job.momenta[0].device, len(job.momenta)
     if job.skip is not None and (
         job.skip.dtype != torch.bool or job.skip.shape != (n,) or job.skip.device != device
     ):
@@ -260,14 +225,65 @@ def _check(name: str, job: Job) -> tuple[torch.device, torch.dtype] | None:
     for i, mask in enumerate(job.rows or ()):
         if mask is not None and mask.device != device:
             raise ValueError(f"rows[{i}] is on {mask.device}, not on {device}")
-    return device, widest
 
 
-def _like(name: str, tensor: Tensor, other: str, shape: Any, device: torch.device) -> None:
+def _check(job: Job) -> torch.dtype:
+    """Raises where a tensor does not fit; the widest dtype that any is computed in."""
+    device, widest = job.momenta[0].device, torch.float32
+    seen: set[int] = set()
+    for i, momentum in enumerate(job.momenta):
+        kept = _kept(i, momentum)
+        _like(f"momenta[{i}]", kept, kept.shape, device)
+        wide = kept.dtype == torch.float64
+        written = [("momenta", kept)]
+        if job.params is not None:
+            param = job.params[i]
+            if param.dtype not in PARAMS:
+                raise TypeError(f"params[{i}] is {param.dtype}; parameters are floating tensors")
+            if wide and param.dtype != torch.float64:
+                raise TypeError(f"momenta[{i}] is float64 but params[{i}] is {param.dtype}")
+            wide = param.dtype == torch.float64
+            _like(f"params[{i}]", param, kept.shape, device)
+            written.append(("params", param))
+        if job.grads is not None:
+            grad = job.grads[i]
+            if grad.dtype not in PARAMS or (grad.dtype == torch.float64 and not wide):
+                raise TypeError(
+                    f"grads[{i}] is {grad.dtype}; gradients are floating tensors, and float64 only "
+                    "where their parameters are"
+                )
+            _like(f"grads[{i}]", grad, kept.shape, device)
+        if wide:
+            widest = torch.float64
+        for kind, tensor in written:
+            if not tensor.numel():
+                continue
+            if any(
+                step == 0 and size > 1
+                for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+            ):
+                raise ValueError(f"{kind}[{i}] overlaps itself: it is expanded, and cannot be set")
+            if tensor.data_ptr() in seen:
+                raise ValueError(f"the memory of {kind}[{i}] occurs twice in the lists")
+            seen.add(tensor.data_ptr())
+    return widest
+
+
+def _kept(i: int, momentum: Momentum) -> Tensor:
+    if isinstance(momentum, EightBit):
+        return momentum.codes
+    if momentum.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise TypeError(
+            f"momenta[{i}] is {momentum.dtype}; momentum is float32, bfloat16 or EightBit"
+        )
+    return momentum
+
+
+def _like(name: str, tensor: Tensor, shape: Any, device: torch.device) -> None:
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} is {tensor.layout}: pass it dense")
     if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, {other} {list(shape)}")
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, its momentum {list(shape)}")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, not on {device}: one device a call")
 
