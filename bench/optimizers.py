@@ -59,9 +59,9 @@ MAKE: dict[str, Make] = {
     **{f"tiger {state}": _tiger(state) for state in STATES},
 }
 GRIDS = {
-    "adamw": (2.5e-4, 5e-4, 1e-3, 2e-3),
-    "lion float32": (5e-5, 1e-4, 2e-4, 4e-4),
-    "tiger float32": (1e-3, 2e-3, 4e-3, 8e-3),
+    "adamw": (5e-4, 1e-3, 2e-3),
+    "lion float32": (1e-4, 2e-4, 4e-4),
+    "tiger float32": (1e-3, 2e-3, 4e-3),
 }
 
 
@@ -170,7 +170,9 @@ def failures(found: dict[str, dict[str, Any]]) -> list[str]:
             said.append(f"{name}'s loss is {one['to adamw']:.3f} times AdamW's")
         wide = f"{name.split()[0]} float32"
         if wide in found and abs(one[f"to {wide}"] - 1) > STATE_TOLERANCE:
-            said.append(f"{name}'s loss is {one[f'to {wide}']:.4f} times that with float32 momentum")
+            said.append(
+                f"{name}'s loss is {one[f'to {wide}']:.4f} times that with float32 momentum"
+            )
     return said
 
 
@@ -271,7 +273,9 @@ def main(words: list[str] | None = None) -> int:
         with options.runs.open("a", encoding="utf-8") as file:
             file.write(json.dumps(run, ensure_ascii=False) + "\n")
         runs[name, lr, seed] = run
-        print(f"{name}, lr {lr:g}, order {seed}: {start:.4f} → {run['held_out']:.4f}", file=sys.stderr)
+        print(
+            f"{name}, lr {lr:g}, order {seed}: {start:.4f} → {run['held_out']:.4f}", file=sys.stderr
+        )
     found = summary(runs, options.seeds)
     start = next(run["start"] for key, run in runs.items() if key[2])
     names = {row["device"]: row["name"] for row in devices()}

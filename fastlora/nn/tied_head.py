@@ -30,7 +30,9 @@ class TiedHead(nn.Module):
         if not isinstance(embedding, nn.Embedding):
             raise TypeError(f"expected an nn.Embedding, not {type(embedding).__name__}")
         if embedding.max_norm is not None or embedding.sparse:
-            raise ValueError("an embedding with max_norm or sparse gradients cannot be a head's too")
+            raise ValueError(
+                "an embedding with max_norm or sparse gradients cannot be a head's too"
+            )
         if swap_halves and embedding.embedding_dim % 2:
             raise ValueError(f"{embedding.embedding_dim} channels have no halves to swap")
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings

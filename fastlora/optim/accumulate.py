@@ -119,7 +119,9 @@ class MomentumAccumulation:
 
     def _fold(self, param: Tensor) -> None:
         group, where = self._places[param]
-        done = self._optimizer.state[param].get("folded", 0) if param in self._optimizer.state else 0
+        done = (
+            self._optimizer.state[param].get("folded", 0) if param in self._optimizer.state else 0
+        )
         if self._limit is not None and done >= self._limit:
             raise RuntimeError(
                 f"a gradient of {where} arrived after {done} micro-steps without a step: call "

@@ -15,6 +15,11 @@ from fastlora.optim.sharded import is_sharded, local, rms, splits_rows, spread_n
 
 # not hyperparameters: how this run keeps and computes, which a loaded state does not decide
 _OF_THIS_RUN = ("state_dtype", "backend", "capturable")
+# what groups must have in common to be updated by one call
+_ALIKE = ("maximize", "stochastic_rounding", "seed", "steps", "backend")
+_PLAIN = {torch.nn.Parameter, Tensor}
+_NO_STATE: dict[str, Any] = {}
+_address = Tensor.data_ptr
 
 
 @dataclass(eq=False)
@@ -63,6 +68,16 @@ class Batch:
         if seed is None:
             return {"rounding": "nearest", "seed": None}
         return {"rounding": "stochastic", "seed": seed * 64 + self.number}
+
+
+@dataclass(eq=False)
+class Lists:
+    """What ``_ordinary`` found, one entry a parameter."""
+
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Any] = field(default_factory=list)
+    momenta: list[Tensor | EightBit] = field(default_factory=list)
+    rounding: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -161,7 +176,9 @@ class SignOptimizer(torch.optim.Optimizer):
                 found.append(self._entry(param, grad, group, _where(group, number, i)))
         return found
 
-    def _entry(self, param: Tensor, grad: Tensor | None, group: dict[str, Any], where: str) -> Entry:
+    def _entry(
+        self, param: Tensor, grad: Tensor | None, group: dict[str, Any], where: str
+    ) -> Entry:
         state = self.state[param]
         if "exp_avg" not in state:
             self._begin(param, group, state)
@@ -215,14 +232,7 @@ class SignOptimizer(torch.optim.Optimizer):
         batches: dict[Key, Batch] = {}
         for entry in entries:
             group, param = entry.group, entry.param
-            key = Key(
-                what(entry),
-                param.device,
-                group["maximize"],
-                group["seed"] * 0x100000000 + group["steps"] if group["stochastic_rounding"] else None,
-                group["lazy_momentum"],
-                group["backend"],
-            )
+            key = _key(group, what(entry), param.device)
             batch = batches.get(key)
             if batch is None:
                 batch = batches[key] = Batch(key, len(batches))
@@ -252,10 +262,11 @@ class SignOptimizer(torch.optim.Optimizer):
                 _agree_on_non_finite(batch)
         return list(batches.values())
 
-    def _cache(self, batch: Batch) -> SignMomentumCache:
+    def _cache(self, key: Any) -> SignMomentumCache:
+        """The one of all calls under this key."""
         if self._caches is None:
             self._caches = {}
-        return self._caches.setdefault(batch.key._replace(seed=None), SignMomentumCache())
+        return self._caches.setdefault(key, SignMomentumCache())
 
     def _factor(self, group: dict[str, Any]) -> float:
         """What a schedule multiplies the group's lr by."""
@@ -292,6 +303,33 @@ class SignOptimizer(torch.optim.Optimizer):
                 adamw.step(*arguments)
 
         return step
+
+    def _ordinary(self, *alike: str) -> Lists | None:
+        """The lists of a step that one call can take, with hardly a look at each tensor: the call
+        checks them. None where there may be more to it: groups that differ in ``alike``, AdamW, lazy
+        rows, DTensors, a first step, parameters without gradients."""
+        made = Lists()
+        first = self.param_groups[0]
+        for group in self.param_groups:
+            if group["algorithm"] != "sign" or group["lazy_rows"]:
+                return None
+            if group is not first and any(group[key] != first[key] for key in (*_ALIKE, *alike)):
+                return None
+            made.params += group["params"]
+        made.grads = [param.grad for param in made.params]
+        plain = _PLAIN.issuperset(map(type, made.params))
+        if not plain or any(grad is None for grad in made.grads):
+            return None
+        find = self.state.get
+        try:
+            made.momenta = [find(param, _NO_STATE)["exp_avg"] for param in made.params]
+        except KeyError:
+            return None
+        if not all(map(_address, made.params)):  # empty, or freed
+            return None
+        if first["stochastic_rounding"]:
+            made.rounding = Batch(_key(first, None, made.params[0].device), 0).rounding()
+        return made
 
     # --- saving and loading --------------------------------------------------------------------
 
@@ -362,7 +400,9 @@ class SignOptimizer(torch.optim.Optimizer):
                 else:
                     loading[param] = self._taken(saved, param, group, where)
         if left:
-            raise ValueError(f"the state has entries of no parameter of this optimizer: {min(left)}")
+            raise ValueError(
+                f"the state has entries of no parameter of this optimizer: {min(left)}"
+            )
         self._loading = loading
         return {**state_dict, "state": {}, "param_groups": made}
 
@@ -386,6 +426,12 @@ class SignOptimizer(torch.optim.Optimizer):
         if self._loading is not None:
             self.state.update(self._loading)
         self._caches = None
+
+
+def _key(group: dict[str, Any], what: Any, device: torch.device) -> Key:
+    rounds = group["stochastic_rounding"]
+    seed = group["seed"] * 0x100000000 + group["steps"] if rounds else None
+    return Key(what, device, group["maximize"], seed, group["lazy_momentum"], group["backend"])
 
 
 def _where(group: dict[str, Any], number: int, i: int) -> str:

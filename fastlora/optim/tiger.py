@@ -65,6 +65,7 @@ class Tiger(SignOptimizer):
     # not saved: what a pickled optimizer loses has to be attached again
     _accumulation: MomentumAccumulation | None = None
     _at = 0  # the micro-step that lr_schedule is read at
+    _rates: dict[int, tuple[Any, list[list[Any]]]] | None = None  # of ``_group_rates``
 
     def __init__(
         self,
@@ -161,9 +162,10 @@ class Tiger(SignOptimizer):
         super()._begin(param, group, state)
         state["zero"] = param.dim() >= 2 and is_zero(param)
 
-    def _rate(self, entry: Entry) -> Rate:
+    def _rate(self, entry: Entry, lr: Any = None) -> Rate:
         group, param = entry.group, entry.param
-        lr = _times(group["lr"], self._factor(group))
+        if lr is None:
+            lr = _times(group["lr"], self._factor(group))
         kind = group["kind"] or by_shape(param)
         center = 1.0 if kind == "gamma" else 0.0
         if not group["relative_lr"]:
@@ -189,11 +191,68 @@ class Tiger(SignOptimizer):
         if self._accumulation is not None:
             self._step_folded(self._accumulation)
         elif k == 1:
-            self._update(self._entries())
+            if not self._step_ordinarily():
+                self._update(self._entries())
         elif (self._at + 1) % k == 0:
             self._update(self._entries(_is_folded), k)
         else:
             self._micro_step(k)
+
+    def _step_ordinarily(self) -> bool:
+        """One call over lists that are made in a few microseconds; False where that cannot be."""
+        lists = self._ordinary("beta", "shrink_ratio")
+        if lists is None:
+            return False
+        lr: list[Any] = []
+        rates = [[], [], [], []]  # type: list[list[Any]]  # decays, relative, floors, centers
+        for group in self.param_groups:
+            alpha = _times(group["lr"], self._factor(group))
+            half = alpha * 0.5
+            halves, *more = self._group_rates(group)
+            lr += [half if halved else alpha for halved in halves]
+            for own, one in zip(rates, more, strict=True):
+                own += one
+        first = self.param_groups[0]
+        beta, ratio = first["beta"], first["shrink_ratio"]
+        decays, relative, floors, centers = rates
+        try:
+            sign_momentum(
+                lists.params,
+                lists.grads,
+                lists.momenta,
+                lr=lr,
+                betas=(beta, beta),
+                weight_decay=decays,
+                relative=relative,
+                floor=floors,
+                maximize=first["maximize"],
+                shrink=None if ratio is None else (ratio, centers),
+                **lists.rounding,
+                cache=self._cache("ordinary"),
+                backend=first["backend"],
+            )
+        except (TypeError, ValueError):  # raised before anything was written
+            return False  # sparse gradients, several devices; or what is wrong will be said
+        return True
+
+    def _group_rates(self, group: dict[str, Any]) -> list[list[Any]]:
+        """Of each parameter: whether lr is halved, decay, what lr is relative to, floor, center."""
+        options = tuple(group[key] for key in ("kind", "relative_lr", "floor", "weight_decay"))
+        params = group["params"]
+        if self._rates is None:
+            self._rates = {}
+        kept = self._rates.get(id(group))
+        if kept is None or kept[0] != options or len(kept[1][0]) != len(params):
+            made = [self._rate(Entry(p, None, group, self.state[p], ""), 1.0) for p in params]
+            columns = [
+                [rate.lr == 0.5 for rate in made],
+                [rate.weight_decay for rate in made],
+                [rate.relative for rate in made],
+                [rate.floor for rate in made],
+                [rate.center for rate in made],
+            ]
+            kept = self._rates[id(group)] = (options, columns)
+        return kept[1]
 
     def _update(self, entries: list[Entry], k: int = 1) -> None:
         """Take in 1/k of each gradient and move parameters, in one pass; after k - 1 micro-steps."""
@@ -206,7 +265,12 @@ class Tiger(SignOptimizer):
         for batch in batches:
             kind, decay, share, ratio = batch.key.what
             if kind == "apply":
-                apply_momentum(batch.params, batch.momenta, **_move(batch), cache=self._cache(batch))
+                apply_momentum(
+                    batch.params,
+                    batch.momenta,
+                    **_move(batch),
+                    cache=self._cache(batch.key._replace(seed=None)),
+                )
                 continue
             sign_momentum(
                 batch.params,
@@ -217,7 +281,7 @@ class Tiger(SignOptimizer):
                 mask_momentum_rows=batch.key.lazy_momentum,
                 shrink=None if ratio is None else (ratio, batch.centers),
                 **_move(batch),
-                cache=self._cache(batch),
+                cache=self._cache(batch.key._replace(seed=None)),
             )
         adamw_step()
         if k > 1:
@@ -240,7 +304,7 @@ class Tiger(SignOptimizer):
                 weight=share,
                 maximize=batch.key.maximize,
                 **shrinking,
-                cache=self._cache(batch),
+                cache=self._cache(batch.key._replace(seed=None)),
                 backend=batch.key.backend,
             )
         for entry in entries:
@@ -323,13 +387,22 @@ class Tiger(SignOptimizer):
                     wide = param.to(torch.promote_types(param.dtype, torch.float32))
                     param.copy_((wide - center) * ratio ** lost[0] + center)
             if not lost[1]:
-                apply_momentum(batch.params, batch.momenta, **_move(batch), cache=self._cache(batch))
+                apply_momentum(
+                    batch.params,
+                    batch.momenta,
+                    **_move(batch),
+                    cache=self._cache(batch.key._replace(seed=None)),
+                )
         adamw_step()
         self._close(entries)
         for group in self.param_groups:
             group["steps"] += taken - 1
 
     # --- loading -------------------------------------------------------------------------------
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._rates = None
 
     def _rest(self, saved: dict[str, Any], param: Tensor, where: str) -> dict[str, Any]:
         zero = saved.pop("zero", None)

@@ -14,7 +14,10 @@ def test_the_formula_and_its_gradients(swap):
     torch.manual_seed(0)
     embedding = nn.Embedding(7, 6, dtype=torch.float64)
     head = TiedHead(embedding, swap_halves=swap, bias=True)
-    assert head.weight is embedding.weight and len(list(nn.ModuleList([embedding, head]).parameters())) == 2
+    assert (
+        head.weight is embedding.weight
+        and len(list(nn.ModuleList([embedding, head]).parameters())) == 2
+    )
     hidden = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     matrix = embedding.weight
     swapped = torch.cat([matrix[:, 3:], matrix[:, :3]], 1) if swap else matrix
@@ -23,7 +26,9 @@ def test_the_formula_and_its_gradients(swap):
     torch.testing.assert_close(logits, expected)
     given = torch.randn_like(logits)
     found = torch.autograd.grad(logits, [hidden, matrix, head.bias], given)
-    for one, other in zip(found, torch.autograd.grad(expected, [hidden, matrix, head.bias], given), strict=True):
+    for one, other in zip(
+        found, torch.autograd.grad(expected, [hidden, matrix, head.bias], given), strict=True
+    ):
         torch.testing.assert_close(one, other)
 
 

@@ -144,7 +144,9 @@ def test_adamw_for_the_embedding_beside_signs_elsewhere(cls):
             for one in each:
                 one.step()
                 one.zero_grad()
-    assert all(torch.equal(p, q) for p, q in zip(both.parameters(), apart.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(both.parameters(), apart.parameters(), strict=True)
+    )
     # a row without gradients stays but for its decay
     assert torch.allclose(both[0].weight[0], 0.999**8 * build()[0].weight[0])
 

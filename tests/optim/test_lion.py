@@ -41,7 +41,9 @@ def test_the_published_trajectory(dtype):
         published.step(give(ours, step))
         optimizer.step()
         for p, q, m in zip(ours, theirs, published.m, strict=True):
-            torch.testing.assert_close(p.data, q, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-13)
+            torch.testing.assert_close(
+                p.data, q, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-13
+            )
             torch.testing.assert_close(optimizer.state[p]["exp_avg"], m, rtol=1e-5, atol=1e-6)
 
 
@@ -306,20 +308,41 @@ def on_another_device(optimizer, params):
 )
 def test_a_step_that_raises_changes_nothing(spoil, expected):
     params = parameters(shapes=[(4, 3), (5, 2), (3, 3)])
-    optimizer = Lion(
-        [{"params": params[:1]}, {"params": params[1:], "betas": (0.5, 0.5)}], lr=0.1
-    )
+    optimizer = Lion([{"params": params[:1]}, {"params": params[1:], "betas": (0.5, 0.5)}], lr=0.1)
     for step in range(2):
         give(params, step)
         optimizer.step()
     give(params, 3)
     spoil(optimizer, params)
-    kept = [
-        (t, t.clone())
-        for p in params[:2]
-        for t in (p.data, optimizer.state[p]["exp_avg"])
-    ]
+    kept = [(t, t.clone()) for p in params[:2] for t in (p.data, optimizer.state[p]["exp_avg"])]
     with pytest.raises((ValueError, RuntimeError), match=expected):
         optimizer.step()
     assert all(torch.equal(now, then) for now, then in kept)
     assert optimizer.param_groups[0]["steps"] == 2
+
+
+@pytest.mark.parametrize("spoil", [resized, stale_gradient, freed], ids=lambda f: f.__name__)
+def test_and_so_in_one_call(spoil):
+    """One group alone, which is handed to the operation as it is."""
+    params = parameters(shapes=[(4, 3), (5, 2), (3, 3)])
+    optimizer = Lion(params, lr=0.1)
+    for step in range(2):
+        give(params, step)
+        optimizer.step()
+    give(params, 3)
+    spoil(optimizer, params)
+    kept = [(p, p.detach().clone()) for p in params[:2]]
+    with pytest.raises(ValueError, match="resized|but its|freed"):
+        optimizer.step()
+    assert all(torch.equal(now, then) for now, then in kept)
+
+
+def test_a_momentum_that_was_replaced_is_the_one_that_is_used():
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = Lion([p], lr=0.1, betas=(0.5, 0.5))
+    for m in (torch.ones(4), -torch.ones(4)):
+        optimizer.state[p]["exp_avg"] = m
+        p.grad = torch.zeros(4)
+        before = p.detach().clone()
+        optimizer.step()
+        torch.testing.assert_close(p.data, before - 0.1 * m.sign())

@@ -69,9 +69,7 @@ def bitsandbytes(params, given, block, wrapped):
     for state in states:
         state["step"] = 3
     if wrapped:
-        states = [
-            {"step": s.pop("step"), "__bnb_optimizer_quant_state__": s} for s in states
-        ]
+        states = [{"step": s.pop("step"), "__bnb_optimizer_quant_state__": s} for s in states]
     group = {"lr": 1e-4, "betas": (0.9, 0.99), "eps": 0.0, "weight_decay": 0.1, "alpha": 0.0}
     exact = (values[codes.long()].view(blocks, block) * scales[:, None]).flatten()
     return (

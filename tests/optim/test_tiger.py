@@ -28,8 +28,7 @@ def tensors(seed, dtype=torch.float32):
 
 def groups(params):
     return [
-        {"params": [(kind, param)], "kind": kind}
-        for kind, param in zip(KINDS, params, strict=True)
+        {"params": [(kind, param)], "kind": kind} for kind, param in zip(KINDS, params, strict=True)
     ]
 
 
@@ -53,9 +52,7 @@ def test_the_published_trajectory(dtype, k):
     optimizer = Tiger(
         groups(ours), lr=1e-2, beta=0.9, weight_decay=0.1, grad_accum_steps=k, lr_schedule=schedule
     )
-    published = Published(
-        theirs, KINDS, 1e-2, 0.9, 0.1, k, lambda t: piecewise_linear(t, schedule)
-    )
+    published = Published(theirs, KINDS, 1e-2, 0.9, 0.1, k, lambda t: piecewise_linear(t, schedule))
     for step in range(30):
         grads = tensors(step + 1, dtype)
         if step in (7, 12, 14):

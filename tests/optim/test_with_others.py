@@ -97,6 +97,8 @@ def test_a_compiled_training_step(make, whole):
     else:
         compiled, model = step, torch.compile(net, backend="aot_eager")
     for i in range(5):
-        torch.testing.assert_close(compiled(model, optimizer, batch(i)), step(plain, other, batch(i)))
+        torch.testing.assert_close(
+            compiled(model, optimizer, batch(i)), step(plain, other, batch(i))
+        )
     for p, q in zip(net.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
