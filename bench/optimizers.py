@@ -1,16 +1,17 @@
-"""Lion and Tiger beside AdamW on a real model: losses at tuned learning rates, momentum in few bits.
+"""Lion and Tiger beside AdamW on a real model: losses at tuned rates, momentum in few bits.
 
     python -m bench.optimizers --runs FILE.jsonl [--steps 40] [--seeds 2] [--batch 2] [--seq-len 96]
                                [--threads 2] [--stop-after SECONDS] [--json FILE] [--png FILE]
 
-LoRA (r 16, α 32, all linear layers) on the demo's model and text. Every optimizer gets the rates of a
-grid of its own, factors of two, on data order 0; the one with the lowest held-out loss at the last
-step runs again on other orders, and these runs alone are reported; there Lion and Tiger run with
-momentum in bfloat16 and in 8 bits too. Half of the held-out batches choose the rate, the others give
-the losses reported. Rates rise over five steps and fall to zero on a line; no weight decay.
+LoRA (r 16, α 32, all linear layers) on the demo's model and text. Every optimizer gets the rates of
+a grid of its own, on data order 0; the one with the lowest held-out loss at the
+last step runs again on other orders, and these runs alone are reported; there Lion and Tiger run
+with momentum in bfloat16 and in 8 bits too. Half of the held-out batches choose the rate, the
+others give the losses reported. Rates rise over five steps and fall to zero on a line; no weight
+decay.
 
-Each finished run is a line of ``--runs``, and what stands there is not run again. Without all of them
-no table is printed.
+Each finished run is a line of ``--runs``, and what stands there is not run again. Without all of
+them no table is printed.
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ MAKE: dict[str, Make] = {
     **{f"tiger {state}": _tiger(state) for state in STATES},
 }
 GRIDS = {
-    "adamw": (5e-4, 1e-3, 2e-3),
-    "lion float32": (1e-4, 2e-4, 4e-4),
-    "tiger float32": (1e-3, 2e-3, 4e-3),
+    "adamw": (5e-4, 1e-3, 2e-3, 4e-3),
+    "lion float32": (1e-4, 2e-4, 4e-4, 8e-4),
+    "tiger float32": (1e-3, 2e-3, 2.8e-3, 4e-3),
 }
 
 
@@ -69,7 +70,7 @@ GRIDS = {
 
 
 def factor(step: int, steps: int) -> float:
-    """Of the rate at a step, counted from 0: up over the first ones, then down to zero on a line."""
+    """Of the rate at a step, counted from 0: up over the first ones, then down to zero."""
     return min(1.0, (step + 1) / WARM_UP) * (1 - step / steps)
 
 

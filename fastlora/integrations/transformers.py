@@ -30,14 +30,14 @@ def trainer_optimizer(
 ) -> tuple[Any, dict[str, Any]]:
     """An optimizer for ``Trainer(..., optimizer_cls_and_kwargs=trainer_optimizer("lion", args))``.
 
-    The Trainer then makes it over the model as it trains it (wrapped, sharded). Its schedule works as
-    with every other: leave Tiger's ``lr_schedule`` out. Gradient accumulation is the Trainer's.
+    The Trainer then makes it over the model as it trains it (wrapped, sharded). Its schedule works
+    as with every other: leave Tiger's ``lr_schedule`` out. Gradient accumulation is the Trainer's.
 
     Args:
         name: "lion" or "tiger".
-        args: TrainingArguments, of which learning_rate is the lr and weight_decay the decay; without,
-            and for what ``options`` gives, the optimizer's own defaults. For Tiger learning_rate is
-            relative, 1e-3 or 2e-3.
+        args: TrainingArguments, of which learning_rate is the lr and weight_decay the decay;
+            without, and for what ``options`` gives, the optimizer's own defaults. For Tiger
+            learning_rate is relative, 1e-3 or 2e-3.
         groups: options of ``fastlora.optim.param_groups``, as {"embedding": {"lazy_rows": True}}.
         options: the optimizer's.
 

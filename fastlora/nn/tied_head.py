@@ -1,4 +1,4 @@
-"""A language model's head over the matrix of its embedding, plain or with channel halves swapped."""
+"""A head over the matrix of the embedding, plain or with its channel halves swapped."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor, nn
 class TiedHead(nn.Module):
     """logits = h' Eᵀ (+ bias), E [V, D] being the embedding's own parameter.
 
-    With ``swap_halves`` (kexue 9698), h' is h with its two channel halves exchanged, which is the same
-    as a matrix whose halves are: a token's output vector is then not its input vector, so that a model
-    without layers does not predict what it was just given, as plainly tied ones do. ``False`` ties
-    plainly, h' = h.
+    With ``swap_halves`` (kexue 9698), h' is h with its two channel halves exchanged, which is the
+    same as a matrix whose halves are: a token's output vector is then not its input vector, so that
+    a model without layers does not predict what it was just given, as plainly tied ones do.
+    ``False`` ties plainly, h' = h.
 
-    Tied, a row of E gets a gradient from the softmax at every step, so that a sign optimizer does not
-    carry rows of rare tokens off (kexue 9736; fastlora/optim/README.md).
+    Tied, a row of E gets a gradient from the softmax at every step, so that a sign optimizer does
+    not carry rows of rare tokens off (kexue 9736; fastlora/optim/README.md).
 
-    transformers' models take one by ``model.set_output_embeddings(TiedHead(embedding))``. A checkpoint
-    has the matrix under both names, as with every tied head.
+    transformers' models take one by ``model.set_output_embeddings(TiedHead(embedding))``. A
+    checkpoint has the matrix under both names, as with every tied head.
     """
 
     def __init__(

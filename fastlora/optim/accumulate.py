@@ -18,26 +18,27 @@ def accumulate_in_momentum(
 
     The gradient is freed at once, so that none outlives its layer's backward. Call ``backward`` on
     each of ``grad_accum_steps`` micro-batches, then ``step`` once: the result is exactly Tiger with
-    the mean of their gradients. ``step`` may come early (a last, short batch): what is missing counts
-    as zero, as it does where a loss is divided by k. ``zero_grad`` has nothing to do (but for AdamW
-    groups, whose gradients stay where they are until ``step``).
+    the mean of their gradients. ``step`` may come early (a last, short batch): what is missing
+    counts as zero, as it does where a loss is divided by k. ``zero_grad`` has nothing to do (but
+    for AdamW groups, whose gradients stay where they are until ``step``).
 
     A gradient with NaN or ±∞ leaves momentum as it is; the parameter shrinks at the step.
 
-    Gradients are gone before anything that works on ``.grad`` sees them: clipping, GradScaler (fp16),
-    DistributedDataParallel (refused). bfloat16 autocast, checkpointing and FSDP2 are fine.
+    Gradients are gone before anything that works on ``.grad`` sees them: clipping, GradScaler
+    (fp16), DistributedDataParallel (refused). bfloat16 autocast, checkpointing and FSDP2 are fine.
 
     Args:
         model: what is trained; every trained parameter must be the optimizer's.
         optimizer: a ``Tiger``, or ``accelerate``'s wrapper of one.
-        loss_is_divided: the losses are divided by the number of micro-steps already, as ``accelerate``
+        loss_is_divided: the losses are divided by the number of micro-steps already, as
+            ``accelerate``
             and the HF Trainer do: gradients are added up instead of averaged, any number of them.
 
     Raises TypeError for an optimizer that is no Tiger (Lion's update needs gradient and momentum
-    apart); ValueError for DistributedDataParallel, a trained parameter the optimizer does not have, or
-    lazy_momentum; RuntimeError if it is attached already. A ``backward`` beyond ``grad_accum_steps``
-    raises RuntimeError: the step was left out, or one backward brought a parameter's gradient in
-    pieces (reentrant checkpoints over a shared weight).
+    apart); ValueError for DistributedDataParallel, a trained parameter the optimizer does not have,
+    or lazy_momentum; RuntimeError if it is attached already. A ``backward`` beyond
+    ``grad_accum_steps`` raises RuntimeError: the step was left out, or one backward brought a
+    parameter's gradient in pieces (reentrant checkpoints over a shared weight).
     """
     return MomentumAccumulation(model, optimizer, loss_is_divided)
 
@@ -88,8 +89,8 @@ class MomentumAccumulation:
     def detach(self) -> None:
         """Leave gradients alone again.
 
-        Raises RuntimeError where gradients were folded since the last step (they cannot be taken out
-        of the momentum again: call ``step`` first), and if it is detached already.
+        Raises RuntimeError where gradients were folded since the last step (they cannot be taken
+        out of the momentum again: call ``step`` first), and if it is detached already.
         """
         if self._optimizer._accumulation is not self:
             raise RuntimeError("it is detached already")

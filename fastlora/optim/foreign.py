@@ -1,10 +1,10 @@
 """A parameter's saved momentum, as fastlora, lion-pytorch or bitsandbytes wrote it.
 
-lion-pytorch keeps ``exp_avg`` in the parameter's shape. bitsandbytes' Lion keeps ``state1``: float32
-in the parameter's shape, or, at 8 bits, uint8 codes in that shape with ``qmap1``, the 256 values that
-codes stand for, and ``absmax1``, the largest magnitude of each block of the flattened tensor (256
-elements a block, 2048 in older versions); some versions wrap all of these into one dictionary. fastlora
-keeps ``exp_avg``, a tensor or, at 8 bits, the dictionary of an ``EightBit``.
+lion-pytorch keeps ``exp_avg`` in the parameter's shape. bitsandbytes' Lion keeps ``state1``:
+float32 in the parameter's shape, or, at 8 bits, uint8 codes in that shape with ``qmap1``, the 256
+values that codes stand for, and ``absmax1``, the largest magnitude of each block of the flattened
+tensor (256 elements a block, 2048 in older versions); some versions wrap all of these into one
+dictionary. fastlora keeps ``exp_avg``, a tensor or, at 8 bits, the dictionary of an ``EightBit``.
 """
 
 from __future__ import annotations

@@ -14,11 +14,11 @@ from fastlora.optim.sign_optimizer import Entry, Rate, SignOptimizer
 class Lion(SignOptimizer):
     """θ ← θ − η(sign(β₁m + (1−β₁)g) + λθ), then m ← β₂m + (1−β₂)g, for the whole model in one call.
 
-    The decay is decoupled, η times λ, as in the paper (``lion_pytorch``'s ``decoupled_weight_decay``
-    divides λ by the initial lr, which is another convention). Beside AdamW take an lr 3 to 10 times
-    smaller and a weight_decay as much larger; for language models (0.95, 0.98) are the steadier betas.
-    As in every sign update, rows of an embedding whose gradient is zero go on moving: see
-    ``lazy_rows``, ``algorithm`` and the README.
+    The decay is decoupled, η times λ, as in the paper (``lion_pytorch``'s
+    ``decoupled_weight_decay`` divides λ by the initial lr, which is another convention). Beside
+    AdamW take an lr 3 to 10 times smaller and a weight_decay as much larger; for language models
+    (0.95, 0.98) are the steadier betas. As in every sign update, rows of an embedding whose
+    gradient is zero go on moving: see ``lazy_rows``, ``algorithm`` and the README.
 
     Args:
         params: as for torch.optim: tensors, (name, tensor) pairs or groups, real and floating,
@@ -32,20 +32,20 @@ class Lion(SignOptimizer):
         differentiable: refused.
         state_dtype: of the momentum: torch.float32, torch.bfloat16 or "8bit" (blocks of 256 with a
             scale each, 1.016 bytes a number). float64 parameters have it in float64.
-        stochastic_rounding: round bfloat16 parameters up or down by chance, right in expectation, so
-            that steps below half of their spacing are not lost. From ``seed`` and the number of the
-            step, so a resumed run draws the same.
-        lazy_rows: move only the rows (last axis) whose gradient is not zero; momentum still decays on
-            all. With ``lazy_momentum`` that stays too.
-        algorithm: "sign", or for a group "adamw": torch's AdamW with ``adam_betas`` and ``adam_eps``,
-            for embeddings beside Lion elsewhere.
+        stochastic_rounding: round bfloat16 parameters up or down by chance, right in expectation,
+            so that steps below half of their spacing are not lost. From ``seed`` and the number of
+            the step, so a resumed run draws the same.
+        lazy_rows: move only the rows (last axis) whose gradient is not zero; momentum still decays
+            on all. With ``lazy_momentum`` that stays too.
+        algorithm: "sign", or for a group "adamw": torch's AdamW with ``adam_betas`` and
+            ``adam_eps``, for embeddings beside Lion elsewhere.
         backend: of ``ops.sign_momentum``; None chooses.
 
     All but ``differentiable`` may be given per group. Gradients may be sparse (not with adamw).
 
-    Raises ValueError for a negative or not finite lr, weight_decay or betas outside [0, 1); TypeError
-    for complex or integer parameters; ``step`` raises ValueError for a parameter that was resized or
-    moved after its first step. A step that raises has changed nothing.
+    Raises ValueError for a negative or not finite lr, weight_decay or betas outside [0, 1);
+    TypeError for complex or integer parameters; ``step`` raises ValueError for a parameter that was
+    resized or moved after its first step. A step that raises has changed nothing.
     """
 
     def __init__(

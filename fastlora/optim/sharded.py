@@ -15,6 +15,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
 
 
+def mesh_of(tensor: Any) -> Any:
+    """The processes that share a DTensor."""
+    return tensor.device_mesh
+
+
 def local(tensor: Any) -> Tensor:
     """The shard that lies here, over the same memory; a plain tensor itself."""
     return tensor.to_local() if is_sharded(tensor) else tensor

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlora.ops.sign_momentum import EightBit, SignMomentumCache
 from fastlora.optim import adamw, checks, foreign, rows
-from fastlora.optim.sharded import is_sharded, local, rms, splits_rows, spread_non_finite
+from fastlora.optim.sharded import is_sharded, local, mesh_of, rms, splits_rows, spread_non_finite
 
 # not hyperparameters: how this run keeps and computes, which a loaded state does not decide
 _OF_THIS_RUN = ("state_dtype", "backend", "capturable")
@@ -185,8 +185,8 @@ class SignOptimizer(torch.optim.Optimizer):
         kept = state["exp_avg"]
         if kept.shape != param.shape:
             raise ValueError(
-                f"{where} has shape {list(param.shape)} but its momentum {list(kept.shape)}: it was "
-                "resized after its first step; make the optimizer anew"
+                f"{where} has shape {list(param.shape)} but its momentum {list(kept.shape)}: it "
+                "was resized after its first step; make the optimizer anew"
             )
         if kept.device != param.device:
             raise ValueError(
@@ -306,8 +306,8 @@ class SignOptimizer(torch.optim.Optimizer):
 
     def _ordinary(self, *alike: str) -> Lists | None:
         """The lists of a step that one call can take, with hardly a look at each tensor: the call
-        checks them. None where there may be more to it: groups that differ in ``alike``, AdamW, lazy
-        rows, DTensors, a first step, parameters without gradients."""
+        checks them. None where there may be more to it: groups that differ in ``alike``, AdamW,
+        lazy rows, DTensors, a first step, parameters without gradients."""
         made = Lists()
         first = self.param_groups[0]
         for group in self.param_groups:
@@ -362,7 +362,7 @@ class SignOptimizer(torch.optim.Optimizer):
             handle.remove()
             self._loading = None
 
-    def _prepare(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _prepare(self: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Check everything, and keep tensors from the base class, which would cast them to their
         parameters' dtypes."""
         groups, saved_groups = self.param_groups, state_dict["param_groups"]
@@ -501,9 +501,9 @@ def _agree_on_non_finite(batch: Batch) -> None:
     by_mesh: dict[Any, list[int]] = {}
     for i, entry in enumerate(batch.entries):
         if is_sharded(entry.param) and entry.grad is not None:
-            by_mesh.setdefault(entry.param.device_mesh, []).append(i)
-    for indices in by_mesh.values():
+            by_mesh.setdefault(mesh_of(entry.param), []).append(i)
+    for mesh, indices in by_mesh.items():
         grads = [batch.grads[i] for i in indices]
-        spread_non_finite(batch.entries[indices[0]].param.device_mesh, grads)
+        spread_non_finite(mesh, grads)
         for i, grad in zip(indices, grads, strict=True):
             batch.grads[i] = grad

@@ -1,4 +1,4 @@
-"""Tiger (kexue 9512, bojone/tiger): the sign of one momentum, rates relative to each tensor's size."""
+"""Tiger (kexue 9512, bojone/tiger): the sign of one momentum, rates relative to tensors' sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from fastlora.ops.sign_momentum import apply_momentum, fold_gradients, sign_momentum
 from fastlora.optim import adamw, checks, schedules
 from fastlora.optim.kinds import KINDS, by_shape
-from fastlora.optim.sharded import is_sharded, is_zero, local, spread_non_finite
+from fastlora.optim.sharded import is_sharded, is_zero, local, mesh_of, spread_non_finite
 from fastlora.optim.sign_optimizer import Batch, Entry, Rate, SignOptimizer, _times, _where
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ class Tiger(SignOptimizer):
     ===========  ==========================================  ======
 
     The RMS is of θ before the update. A tensor that is zero at its first step, as LoRA's B and
-    AdaLoRA's E are, would have rate 0 and never move: its floor is 1/√(numbers per row), the RMS of a
-    matrix initialised for as many inputs (Su names 1/√d as what may stand for the RMS), and for an
-    embedding its rows' too. Every other tensor has floor 0, which is Tiger as published. VeRA's
+    AdaLoRA's E are, would have rate 0 and never move: its floor is 1/√(numbers per row), the RMS of
+    a matrix initialised for as many inputs (Su names 1/√d as what may stand for the RMS), and for
+    an embedding its rows' too. Every other tensor has floor 0, which is Tiger as published. VeRA's
     vectors are "beta" and move without it. The README has the reasoning.
 
     Args:
@@ -44,20 +44,21 @@ class Tiger(SignOptimizer):
         lr: α, relative: 1e-3 to 2e-3.
         beta: β, 0.965 for language, 0.945 for images.
         weight_decay: λ; for gamma and beta only where their own group gives one.
-        grad_accum_steps: k; ``step`` is then called after every backward and moves parameters at every
-            k-th, with the mean of the k gradients: each goes into the momentum at once (β or 1 times m,
-            plus (1−β)/k times g), so none has to be kept. The same for all groups.
+        grad_accum_steps: k; ``step`` is then called after every backward and moves parameters at
+            every k-th, with the mean of the k gradients: each goes into the momentum at once (β or
+            1 times m, plus (1−β)/k times g), so none has to be kept. The same for all groups.
         lr_schedule: {step: factor}, steps being calls of ``step`` counted from 0 (micro-steps if
-            k > 1); linear in between, constant after the last, from 0 at step 0 unless that is given.
-        shrink_ratio: s. A tensor whose gradient holds NaN or ±∞ keeps its momentum, and instead of an
-            update θ ← (θ − c)·s + c, c being 1 for gamma and 0 otherwise; at once, not only at every
-            k-th. None: what is not finite goes into momentum, as with torch.optim.
+            k > 1); linear in between, constant after the last, from 0 at step 0 unless that is
+            given.
+        shrink_ratio: s. A tensor whose gradient holds NaN or ±∞ keeps its momentum, and instead of
+            an update θ ← (θ − c)·s + c, c being 1 for gamma and 0 otherwise; at once, not only at
+            every k-th. None: what is not finite goes into momentum, as with torch.optim.
         relative_lr: False takes η = α_t and λ for every tensor, whatever its kind: Lion with
             β₁ = β₂ = β.
         floor: in place of the rule above, for all tensors of the group.
         kind: "gamma", "beta", "embedding" or "other".
-        Everything else is as in ``Lion``. AdamW groups have ``lr`` times the schedule's factor, and with
-            k > 1 keep the sum of their gradients, as AdamW has no way without.
+        Everything else is as in ``Lion``. AdamW groups have ``lr`` times the schedule's factor, and
+            with k > 1 keep the sum of their gradients, as AdamW has no way without.
 
     ``accumulate_in_momentum`` folds gradients during backward. Raises as ``Lion`` does.
     """
@@ -255,7 +256,7 @@ class Tiger(SignOptimizer):
         return kept[1]
 
     def _update(self, entries: list[Entry], k: int = 1) -> None:
-        """Take in 1/k of each gradient and move parameters, in one pass; after k - 1 micro-steps."""
+        """Take in 1/k of each gradient and move parameters, in one pass."""
         for entry in entries:
             seen = entry.state.get("rows")
             if entry.group["lazy_rows"] and seen is not None:
@@ -310,6 +311,7 @@ class Tiger(SignOptimizer):
         for entry in entries:
             _count(entry.state, entry.moved_rows)
         for param, state in kept:
+            assert param.grad is not None
             share = param.grad / k
             state["grad_sum"] = share if "grad_sum" not in state else state["grad_sum"].add_(share)
 
@@ -338,7 +340,8 @@ class Tiger(SignOptimizer):
     def _fold(self, param: Tensor, group: dict[str, Any], where: str, weight: float) -> None:
         """Take weight times the parameter's gradient into its momentum.
 
-        The parameter stays as it is, as backward may still need it; whether it is to shrink is noted.
+        The parameter stays as it is, as backward may still need it; whether it is to shrink is
+        noted.
         """
         entry = self._entry(param, param.grad, group, where)
         grad = entry.grad
@@ -348,7 +351,7 @@ class Tiger(SignOptimizer):
         if group["shrink_ratio"] is not None:
             if is_sharded(param):
                 grads = [grad]
-                spread_non_finite(param.device_mesh, grads)
+                spread_non_finite(mesh_of(param), grads)
                 grad = grads[0]
             # in the parameter's place the gradient itself, which is given up after this
             noting = {"params": [grad], "shrink": (1.0, 0.0)}

@@ -1,4 +1,4 @@
-"""The updates as they were published, one tensor at a time, without fastlora: what tests compare with."""
+"""The updates as published, a tensor at a time: what tests compare with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Lion:
 
 
 class Tiger:
-    """bojone/tiger's rules: kinds, accumulation by β₁, NaN rule. ``floors``: of tensors that are 0."""
+    """bojone/tiger's rules: kinds, accumulation by β₁, NaN rule; floors of zero tensors."""
 
     def __init__(
         self, params, kinds, lr, beta, decay, k=1, schedule=None, shrink=0.99, floors=None

@@ -76,7 +76,7 @@ def test_divided_losses_are_added_up_and_a_short_cycle_is_no_error():
 
 
 def test_at_most_one_layers_gradients_are_alive():
-    """Counted at every gradient that arrives, and against what any other optimizer has at the end."""
+    """Counted at every gradient that arrives, and against what others have at the end."""
     net = model(blocks=6)
     layers = [net[0], *(layer for block in net[1:] for layer in block.children())]
     largest = max(sum(p.nbytes for p in layer.parameters()) for layer in layers)
@@ -215,7 +215,7 @@ def test_adamw_groups_keep_their_gradients_until_the_step():
 
 @pytest.mark.parametrize("via", ["inject", "accelerate"])
 def test_adapters_of_a_model(via, tiny_llama):
-    """LoRA layers, ours and peft's with our kernels: equal to the mean of gradients that were kept."""
+    """LoRA layers, ours and peft's with our kernels: equal to kept gradients' mean."""
     nets = []
     for _ in range(2):
         net = tiny_llama()

@@ -178,8 +178,8 @@ def test_stochastic_rounding_keeps_steps_below_the_spacing():
             optimizer.step()
         moved[stochastic] = float(1 - p.detach().float().mean())
     assert moved[False] == 0.0
-    # 100 steps of 1e-4, each 2⁻⁸ (the spacing below 1) with probability 0.0256: σ of the mean of 4096
-    # sums is 0.0039 · √(100 · 0.0256 / 4096) = 1e-4
+    # 100 steps of 1e-4, each 2⁻⁸ (the spacing below 1) with probability 0.0256: the mean of 4096
+    # sums has a standard deviation of 0.0039 · √(100 · 0.0256 / 4096) = 1e-4
     assert abs(moved[True] - 1e-2) < 5e-4
 
 
@@ -332,7 +332,7 @@ def test_and_so_in_one_call(spoil):
     give(params, 3)
     spoil(optimizer, params)
     kept = [(p, p.detach().clone()) for p in params[:2]]
-    with pytest.raises(ValueError, match="resized|but its|freed"):
+    with pytest.raises(ValueError, match=r"resized|but its|freed"):
         optimizer.step()
     assert all(torch.equal(now, then) for now, then in kept)
 

@@ -1,4 +1,4 @@
-"""Tiger against its published rules: rates by kind, accumulation, schedule, NaN rule, zero tensors."""
+"""Tiger against its published rules: kinds, accumulation, schedule, NaN, zeros."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def test_other_tensors_have_no_floor_unless_given():
     ids=["lora", "dora", "embedding", "adalora", "vera"],
 )
 def test_every_adapter_trains(config, tiny_llama):
-    """No trained parameter stands still, and the loss falls (of AdaLoRA slowly: B and A are small)."""
+    """No trained parameter stands still, and the loss falls (of AdaLoRA slowly)."""
     model = tiny_llama()
     fastlora.inject(model, config)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}

@@ -80,7 +80,7 @@ def test_accelerate(make, k, tmp_path):
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_compiled_training_step(make, whole):
-    """The model alone, or the step with the optimizer in it, which dynamo leaves to run as it is."""
+    """The model alone, or the step with the optimizer in it, which runs as it is."""
     net, plain = build(), build()
     optimizer, other = make(net), make(plain)
 

@@ -60,8 +60,8 @@ def add_parser(commands: Any, name: str) -> argparse.ArgumentParser:
         "--lr",
         type=_number(0),
         metavar="LR",
-        help="learning rate (default: of AdamW 5e-4, VeRA 5e-3; Lion's a fifth of it; Tiger's, which "
-        "is relative, 2e-3)",
+        help="learning rate (default: of AdamW 5e-4, VeRA 5e-3; Lion's a fifth of it; Tiger's, "
+        "which is relative, 2e-3)",
     )
     add("--batch", type=_whole(1), default=2, metavar="B", help="sequences a step")
     add("--seq-len", type=_whole(2), default=128, metavar="T", help="tokens a sequence")

@@ -13,7 +13,7 @@ from fastlora.optim import Lion, Tiger, param_groups
 
 
 class PlainLion(torch.optim.Optimizer):
-    """Lion as published (arXiv 2302.06675), one tensor after another: what fastlora is held against."""
+    """Lion as published (arXiv 2302.06675), a tensor after another: what ours is held against."""
 
     def __init__(self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.99)) -> None:
         super().__init__(params, {"lr": lr, "betas": betas})
