@@ -1,6 +1,7 @@
 # make demo   fine-tune a real model with fused LoRA beside peft's, into out/demo/
 # make test   every test that needs no GPU
 # make lint   formatting, style and types
+# make gpu    on a machine with a GPU: build, tests, tuning, timing, with the torch that is installed
 # The first of them makes .venv and installs what constraints.txt pins.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --quiet -c constraints.
 # Models run on all cores; tests run one process a core, so each takes one thread.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint compile-matrix clean
+.PHONY: demo test lint compile-matrix traffic memory gpu clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m fastlora demo --out out/demo
@@ -25,6 +26,16 @@ lint: $(VENV)/.ready
 
 compile-matrix: $(VENV)/.ready
 	$(RUN) -m bench.compile_matrix
+
+traffic: $(VENV)/.ready
+	$(RUN) -m bench.traffic
+
+memory: $(VENV)/.ready
+	$(RUN) -m bench.memory
+
+# without a network: GPU machines come with a torch of their own
+gpu:
+	$(if $(wildcard $(VENV)/.ready),$(RUN),$(PYTHON)) -m bench.gpu $(GPU_FLAGS)
 
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)

@@ -26,12 +26,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,11 +35,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bench import device as here
+from bench.measure import as_calls, take_turns
 from fastlora.ops import Member, adapter_group, adapter_linear
 from fastlora.ops.adapter_group.contract import BACKENDS
 from fastlora.ops.adapter_group.reference import adapter_group_reference
 from fastlora.ops.adapter_linear import eager, onednn
-from fastlora.ops.backend import Situation, cpu_vendor, multiplies_with_onednn
+from fastlora.ops.backend import Situation, multiplies_with_onednn
 
 CASES = {  # K, (N of each layer)
     "qkv": (2048, (2048, 2048, 2048)),
@@ -184,68 +182,12 @@ def check(step: Step, backend: str) -> float:
 # -------------------------------------------------------------------------------------- timing
 
 
-def waited() -> int | None:
-    """Nanoseconds that threads of this process were ready to run and had no processor; or None."""
-    total = 0
-    try:
-        for thread in os.listdir("/proc/self/task"):
-            fields = Path(f"/proc/self/task/{thread}/schedstat").read_text().split()
-            total += int(fields[1])
-    except (OSError, IndexError, ValueError):
-        return None
-    return total
-
-
-def timed(call: Callable[[], None], device: str) -> tuple[float, bool]:
-    """(milliseconds of one call, whether nobody took a processor away meanwhile)."""
-    if device == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end), True
-    before = waited()
-    started = time.perf_counter_ns()
-    call()
-    took = time.perf_counter_ns() - started
-    after = waited()
-    alone = before is None or after is None or after - before <= max(took // 1000, 30_000)
-    return took / 1e6, alone
-
-
-def settle(seconds: float) -> None:
-    """Waits, at most so long, for a moment in which nothing else runs (Linux only)."""
-    deadline = time.monotonic() + seconds
-    seen = 0
-    while seen < 3 and time.monotonic() < deadline:
-        try:
-            running = int(Path("/proc/loadavg").read_text().split()[3].split("/")[0])
-        except (OSError, IndexError, ValueError):
-            return
-        seen = seen + 1 if running <= 1 else 0
-        time.sleep(0.01 if seen else 0.2)
-
-
 def measure(
     calls: dict[str, Callable[[], None]], rounds: int, device: str, patience: float
 ) -> tuple[dict[str, list[float]], int]:
     """(milliseconds of every call in each round, how many of these were disturbed all the same)."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    disturbed = 0
-    for number in range(-2, rounds):
-        order = list(calls)
-        random.Random(number).shuffle(order)
-        for name in order:
-            for _ in range(PATIENCE):
-                settle(patience)
-                took, alone = timed(calls[name], device)
-                if alone:
-                    break
-            if number >= 0:
-                taken[name].append(took)
-                disturbed += not alone
-    return taken, disturbed
+    taken = take_turns(as_calls(calls), rounds, device, again=PATIENCE - 1, patience=patience)
+    return taken.totals(), taken.disturbed
 
 
 def beyond(taken: dict[str, list[float]], name: str, base: str = "base") -> list[float]:
@@ -264,17 +206,6 @@ def ours(device: str, dtype: torch.dtype) -> list[str]:
     at = Situation(torch.device(device), dtype)
     names = [b.name for b in BACKENDS if not b.cannot(at)]
     return [n for n in names if n != "triton" or device == "cuda"]
-
-
-def processor() -> str:
-    """The processor as it describes itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or cpu_vendor()
-    facts = dict(line.split(":", 1) for line in lines if ":" in line)
-    own = {key.strip(): value.strip() for key, value in facts.items()}
-    return f"{own.get('model name')}, family {own.get('cpu family')} model {own.get('model')}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -297,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
 
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else processor()
+    machine = here.name(args.device)
     conditions = (
         f"r={args.rank} (vera {VERA_RANK}) {args.dtype}, {args.device} ({machine}), "
         f"{args.threads} threads, torch {torch.__version__}, medians of {args.rounds} rounds with "

@@ -1,12 +1,14 @@
-"""Compiles every Triton kernel in every tile for every architecture, with no GPU in the machine.
+"""Compiles every kernel in every tile for every architecture, with no GPU in the machine.
 
     python -m bench.compile_matrix [--arch 90 ...] [--dtype bfloat16 ...] [--kernel main ...]
                                    [--reduced] [--json FILE]
 
-A row is one kernel in one candidate tile, dtype and variant on one architecture: registers, bytes
-spilled, shared memory against what a block may have, tensor-core instructions, code size. The exit
-status is 1 if anything does not compile, spills, does not fit, or multiplies half-precision
-matrices without tensor cores. ``--reduced`` keeps one row per kernel and architecture.
+A row is one Triton kernel in one candidate tile, dtype and variant on one architecture: registers,
+bytes spilled, shared memory against what a block may have, tensor-core instructions, code size. The
+kernels of csrc/cuda come with them ("cuda" among the kernels) where there is an nvcc; where it
+does not know an architecture, that is said. The exit status is 1 if anything does not compile,
+spills, does not fit, or multiplies half-precision matrices without tensor cores. ``--reduced``
+keeps one row per Triton kernel and architecture.
 """
 
 from __future__ import annotations
@@ -15,53 +17,34 @@ import argparse
 import importlib
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.compile_cases import PROVIDERS
+from bench import names
+from bench.compile_cases import PROVIDERS, cuda
+from bench.compile_cases.binary import functions
 from bench.compile_cases.case import Case
+from bench.compile_cases.row import Row
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 # tfloat32: fp32 operands where torch allows its matmul the tensor cores' shorter mantissa
 DTYPES = ("bfloat16", "float16", "float32", "tfloat32")
+CUDA = "cuda"  # csrc's kernels, among the names of Triton's
 _TRITON_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tfloat32": "fp32"}
 _FLOATS = ("scale", "scaling", "scaling_low")  # arguments that are no integers
-_TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", re.MULTILINE)
-
-
-@dataclass
-class Row:
-    """What one compilation gave."""
-
-    kernel: str
-    variant: str
-    dtype: str
-    arch: int
-    tile: dict[str, int]
-    registers: int = 0
-    spilled: int = 0
-    shared: int = 0
-    limit: int = 0
-    estimate: int = 0  # what the operation's tiles.shared_bytes says of it
-    multiplies: bool = True  # matrices
-    tensor_core: dict[str, int] = field(default_factory=dict)
-    code_bytes: int = 0
-    seconds: float = 0.0
-    problems: list[str] = field(default_factory=list)
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
     """The rows that the command line asks for."""
     for arch in args.arch:
         for kernel in args.kernel:
+            if kernel == CUDA:
+                continue
             for dtype in args.dtype:
                 yield from PROVIDERS[kernel].cases(kernel, dtype, arch, args.reduced)
 
@@ -123,62 +106,43 @@ def compile_case(case: Case) -> Row:
         return row
     row.seconds = time.perf_counter() - started
     row.shared = compiled.metadata.shared
-    _read_binary(compiled.asm["cubin"], row)
-    row.problems += problems(row)
+    try:
+        (found,) = functions(compiled.asm["cubin"]).values()
+    except ValueError as error:
+        row.problems.append(str(error))
+    else:
+        row.take(found)
     return row
 
 
-def problems(row: Row) -> list[str]:
-    """What makes a compiled row fail, as sentences; [] if it is sound."""
-    found = []
-    if row.spilled:
-        found.append(f"spills {row.spilled} bytes")
-    if row.shared > row.limit:
-        found.append(f"takes {row.shared} of {row.limit} bytes of shared memory")
-    # sm_100 adds a few words of barriers to any block
-    if row.shared > row.estimate + 64:
-        found.append(
-            f"takes {row.shared} bytes of shared memory, more than the {row.estimate} estimated"
-        )
-    half = row.dtype in ("bfloat16", "float16")
-    if half and row.multiplies and not row.tensor_core:
-        found.append("multiplies without tensor cores")
-    return found
-
-
-def _tool(name: str) -> str:
-    import triton
-
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def _read_binary(cubin: bytes, row: Row) -> None:
-    """Registers, stack and instructions of a cubin, from the tools that triton brings along."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage = subprocess.run(
-            [_tool("cuobjdump"), "-res-usage", str(path)], capture_output=True, text=True
-        )
-        listing = subprocess.run([_tool("nvdisasm"), str(path)], capture_output=True, text=True)
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage.stdout))
-    instructions = _INSTRUCTION.findall(listing.stdout)
-    if not found or not instructions:
-        said = (usage.stderr + listing.stderr).strip()[:200]
-        row.problems.append(f"the binary could not be read: {said}")
-        return
-    row.registers = int(found["REG"])
-    row.spilled = int(found["STACK"]) + int(found.get("LOCAL", 0))
-    row.code_bytes = 16 * len(instructions)
-    for text in instructions:
-        for name in _TENSOR_CORE.findall(text.split(".")[0]):
-            row.tensor_core[name] = row.tensor_core.get(name, 0) + 1
+def cuda_jobs(archs: tuple[int, ...]) -> tuple[list[Callable[[], list[Row]]], list[str]]:
+    """(what compiles csrc's kernels, what is left out and why)."""
+    compiler = cuda.nvcc()
+    if compiler is None:
+        return [], ["there is no nvcc: csrc/cuda is left out"]
+    known = cuda.architectures(compiler)
+    jobs = [
+        partial(cuda.compile_source, compiler, source, arch)
+        for arch in archs
+        for source in cuda.sources()
+        if arch in known
+    ]
+    return jobs, [
+        f"this nvcc does not compile for sm_{arch}: csrc/cuda is left out there"
+        for arch in archs
+        if arch not in known
+    ]
 
 
 # --------------------------------------------------------------------------------------- output
 
+
+def _as_rows(case: Case) -> list[Row]:
+    return [compile_case(case)]
+
+
 _HEAD = (
-    f"{'arch':>4} {'kernel':<11} {'dtype':<9} {'variant':<23} {'tile':<27} "
+    f"{'arch':>4} {'kernel':<12} {'dtype':<9} {'variant':<23} {'tile':<27} "
     f"{'regs':>4} {'spill':>5} {'shared':>7} {'limit':>7} {'tensor cores':<14} {'code':>7}  verdict"
 )
 
@@ -187,12 +151,12 @@ def _line(row: Row) -> str:
     sides = "x".join(
         f"{name[-1].lower()}{row.tile[name]}"
         for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_R")
-        if row.tile[name]
+        if row.tile.get(name)
     )
-    tile = f"{sides} w{row.tile['num_warps']} s{row.tile['num_stages']}"
+    tile = f"{sides} w{row.tile['num_warps']} s{row.tile['num_stages']}" if row.tile else "-"
     cores = " ".join(f"{name}:{count}" for name, count in sorted(row.tensor_core.items())) or "-"
     return (
-        f"{row.arch:>4} {row.kernel:<11} {row.dtype:<9} {row.variant:<23} {tile:<27} "
+        f"{row.arch:>4} {row.kernel:<12} {row.dtype:<9} {row.variant:<23} {tile:<27} "
         f"{row.registers:>4} {row.spilled:>5} {row.shared:>7} {row.limit:>7} {cores:<14} "
         f"{row.code_bytes:>7}  {'; '.join(row.problems) or 'ok'}"
     )
@@ -204,10 +168,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=ARCHS)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
-    parser.add_argument("--kernel", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    parser.add_argument("--kernel", nargs="+", default=[*PROVIDERS, CUDA])
     parser.add_argument("--reduced", action="store_true", help="bf16, the largest tile only")
     parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
     args = parser.parse_args(argv)
+    try:
+        args.kernel = [names.check("kernel", name, (*PROVIDERS, CUDA)) for name in args.kernel]
+    except names.UnknownName as error:
+        parser.error(str(error))
     if args.dtype is None:
         args.dtype = ("bfloat16",) if args.reduced else DTYPES
     return args
@@ -219,17 +187,23 @@ def main(argv: list[str] | None = None) -> int:
     # under the interpreter the kernels are no longer compilable; triton reads this when imported
     os.environ.pop("TRITON_INTERPRET", None)
     started = time.perf_counter()
-    todo = list(cases(args))
+    todo: list[Callable[[], list[Row]]] = [partial(_as_rows, case) for case in cases(args)]
+    left_out: list[str] = []
+    if CUDA in args.kernel:
+        jobs, left_out = cuda_jobs(args.arch)
+        todo += jobs
     rows: list[Row] = []
     print(_HEAD, flush=True)
-    for number, case in enumerate(todo, start=1):
-        row = compile_case(case)
-        rows.append(row)
-        print(_line(row), flush=True)
+    for number, job in enumerate(todo, start=1):
+        for row in job():
+            rows.append(row)
+            print(_line(row), flush=True)
         elapsed = time.perf_counter() - started
         note = f"{number}/{len(todo)} compiled, {elapsed:.0f} s, sm_{row.arch} {row.kernel}"
         print(f"\r{note:<60}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
+    for reason in left_out:
+        print(reason)
     bad = [row for row in rows if row.problems]
     seconds = time.perf_counter() - started
     print(

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from bench.measure import whole
 from fastlora.ops.backend import cpu_vendor
 from fastlora.ops.dropout import drop, stream_noise
 
@@ -34,14 +34,8 @@ def mkl(a: Tensor, b: Tensor) -> Tensor:
 
 def medians(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median seconds of each call, the calls taking turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 5):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            if turn >= 5:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    taken = whole(calls, repeats, "cpu", warmup=5)
+    return {name: statistics.median(values) / 1e3 for name, values in taken.items()}
 
 
 def is_right(a: Tensor, b: Tensor) -> bool:

@@ -25,16 +25,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bench.measure import whole
 from fastlora.ops import svd_lowrank, svd_product
 from fastlora.ops.backend import cpu_vendor
 from fastlora.ops.low_rank_svd.reference import svd_product_reference
@@ -132,30 +131,6 @@ def check_product(b: list[Tensor], a: list[Tensor]) -> tuple[float, list[str]]:
     return worst, wrong
 
 
-def timed(call: Callable[[], object], device: str) -> float:
-    """Milliseconds of one call, the host's waiting included."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - started) * 1e3
-
-
-def measure(ways: Ways, rounds: int, device: str) -> dict[str, list[float]]:
-    """Milliseconds by way, after two rounds that do not count."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 2):
-        order = list(ways)
-        random.Random(number).shuffle(order)
-        for name in order:
-            took = timed(ways[name], device)
-            if number >= 2:
-                found[name].append(took)
-    return found
-
-
 def main(argv: list[str] | None = None) -> int:
     """Checks, times, prints; the exit status is 1 where a check or a goal fails."""
     parser = argparse.ArgumentParser(prog="python -m bench.low_rank_svd", description=__doc__)
@@ -217,7 +192,7 @@ def lowrank_case(args: argparse.Namespace, case: str) -> Found:
             "svd_lowrank": lambda x=x: svd_lowrank(x, q, args.niter),  # type: ignore[misc]
             "torch.svd_lowrank": lambda x=wide: loop(x, q, args.niter),  # type: ignore[misc]
         }
-        rounds = {} if wrong else measure(ways, args.rounds, args.device)
+        rounds = {} if wrong else whole(ways, args.rounds, args.device, by_host=True)
         title = f"{n} × ({rows} × {columns}), q={q}, {kind}"
         facts = f"relative error {mine:.6f}, torch's {yours:.6f}"
         found.append((title, wrong, facts, rounds))
@@ -235,7 +210,7 @@ def product_case(args: argparse.Namespace) -> Found:
             torch.linalg.svd(b[i].float() @ a[i].float(), full_matrices=False)
 
     ways: Ways = {"svd_product": lambda: svd_product(b, a), "formed product": formed}
-    rounds = {} if wrong else measure(ways, args.rounds, args.device)
+    rounds = {} if wrong else whole(ways, args.rounds, args.device, by_host=True)
     if rounds:
         rounds["formed product"] = [took * BLOCKS for took in rounds["formed product"]]
     title = f"{len(b)} products, r={RANK}"

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from bench.measure import whole
 from fastlora.ops import library
 from fastlora.ops.backend import cpu_vendor
 from fastlora.ops.small_solvers import op
@@ -71,13 +71,9 @@ def main(argv: list[str] | None = None) -> int:
                 if max(errors(a, *solve(a, backend=way))) > UNITS * torch.finfo(dtype).eps:
                     print(f"{way} is wrong at n={n}: nothing is reported", file=sys.stderr)
                     return 1
-            times: dict[str, list[float]] = {way: [] for way in WAYS}
-            for number in range(args.rounds + 1):
-                for way in random.Random(number).sample(WAYS, 2):
-                    started = time.perf_counter()
-                    solve(a, backend=way)
-                    if number:
-                        times[way].append((time.perf_counter() - started) * 1e6)
+            calls = {way: partial(solve, a, backend=way) for way in WAYS}
+            taken = whole(calls, args.rounds, "cpu", warmup=1)
+            times = {way: [took * 1e3 for took in taken[way]] for way in WAYS}
             medians = {way: statistics.median(times[way]) for way in WAYS}
             gain = medians["eager"] / medians["native"]
             native = is_faster_native(batch, n)

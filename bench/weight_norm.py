@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.measure import whole
 from fastlora.ops.backend import Situation, cpu_vendor
 from fastlora.ops.weight_norm import WeightNormCache, weight_norm
 from fastlora.ops.weight_norm.contract import BACKENDS
@@ -121,20 +120,6 @@ def ways(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> dict[str, Callable[[
     return found
 
 
-def timed(call: Callable[[], object], device: str) -> float:
-    """Milliseconds of one call."""
-    if device == "cpu":
-        started = time.perf_counter()
-        call()
-        return (time.perf_counter() - started) * 1e3
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end)
-
-
 def peak_bytes(call: Callable[[], object], device: str) -> int:
     """What one call holds at most at a time, temporaries inside operators included."""
     call()
@@ -181,14 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
     calls = ways(*tensors)
-    rounds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(args.rounds + 2):
-        order = list(calls)
-        random.Random(number).shuffle(order)
-        for name in order:
-            took = timed(calls[name], args.device)
-            if number >= 2:
-                rounds[name].append(took)
+    rounds = whole(calls, args.rounds, args.device)
     peaks = {name: peak_bytes(call, args.device) / 2**20 for name, call in calls.items()}
     medians = {name: statistics.median(values) for name, values in rounds.items()}
 

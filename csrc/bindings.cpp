@@ -5,7 +5,9 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <vector>
 
+#include "cpu/block_lanczos.hpp"
 #include "cpu/isa.hpp"
 #include "cpu/jacobi.hpp"
 #include "cpu/low_rank_update.hpp"
@@ -71,6 +73,24 @@ void low_rank_update(Address out, std::int64_t rows, std::int64_t columns, std::
     kernel(call, threads);
 }
 
+void block_lanczos(const std::vector<Address>& x, std::int64_t stride, std::int64_t rows,
+                   std::int64_t columns, std::int64_t width, std::int64_t blocks, Address start,
+                   std::int64_t q,
+                   double low, double high, double alike, double share, double least, Address u,
+                   Address s, Address vh, Address squares, Address checked, Address found,
+                   int threads, const std::string& isa) {
+    const auto kernel = FASTLORA_PICK(fastlora::find_isa(isa), block_lanczos);
+    std::vector<const float*> matrices;
+    for (const Address address : x) matrices.push_back(at<const float>(address));
+    const fastlora::BlockLanczos call{
+        matrices.data(), static_cast<std::int64_t>(x.size()), stride, rows, columns, width, blocks,
+        at<const float>(start), q, low, high, alike, share, least,
+        at<float>(u), at<double>(s), at<float>(vh),
+        at<double>(squares), at<double>(checked), at<fastlora::Found>(found)};
+    py::gil_scoped_release released;
+    kernel(call, threads);
+}
+
 std::int64_t symmetric_eigen(Address a, bool wide, std::int64_t count, int n, int sweeps, Address w,
                              Address v, Address outcomes, int threads, const std::string& isa,
                              bool backwards) {
@@ -105,6 +125,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("row_norm", &row_norm);
     module.def("output_pass", &output_pass);
     module.def("low_rank_update", &low_rank_update);
+    module.def("block_lanczos", &block_lanczos);
     module.def("symmetric_eigen", &symmetric_eigen);
     module.def("svd", &svd);
     py::class_<fastlora::SignMomentumTable>(module, "SignMomentumTable")

@@ -11,6 +11,7 @@ namespace {
 constexpr int ROWS = 4;
 constexpr int VECTORS = LANES == 16 ? 4 : 2;  // ROWS x VECTORS sums fill the registers
 constexpr int STRIP = VECTORS * LANES;
+constexpr int AHEAD = 2 * ROWS;  // rows: pieces of a strip's width are too short to be foreseen
 
 // COUNT rows from `row` on, of the STRIP columns from `column` on; b [r, STRIP].
 template <int COUNT>
@@ -21,7 +22,10 @@ void block(const LowRankUpdate& call, std::int64_t row, std::int64_t column, con
     for (int i = 0; i < COUNT; ++i) {
         out[i] = call.out + (row + i) * call.out_stride + column;
         a[i] = call.a + (row + i) * call.a_stride;
-        for (int v = 0; v < VECTORS; ++v) sums[i][v] = load(out[i] + v * LANES);
+        for (int v = 0; v < VECTORS; ++v) {
+            sums[i][v] = load(out[i] + v * LANES);
+            __builtin_prefetch(out[i] + AHEAD * call.out_stride + v * LANES, 1);
+        }
     }
     for (std::int64_t rank = 0; rank < call.r; ++rank) {
         Floats right[VECTORS];

@@ -7,6 +7,7 @@ namespace fastlora::FASTLORA_ISA {
 namespace {
 
 constexpr int ROWS = LANES == 16 ? 8 : 4;  // at a time: ROWS x 2 sums fill the registers
+constexpr int LINE = 16;                   // floats that come from memory together
 
 // A matrix of which vectors are loaded: rows `stride` apart, `width` of their elements used.
 struct Right {
@@ -14,17 +15,22 @@ struct Right {
     std::int64_t stride, width;  // width: a multiple of LANES
 };
 
-// sums += w a for COUNT rows w of `length` elements and VECTORS vectors of a's columns.
+// sums += w a for COUNT rows w of `length` elements and VECTORS vectors of a's columns. Meanwhile
+// what lies `ahead` of w is fetched: w is read in pieces too short for the processor to foresee.
 template <int COUNT, int VECTORS>
 void multiply(const float* const* w, const Right& a, std::int64_t column, std::int64_t length,
-              double* sums) {
+              std::int64_t ahead, double* sums) {
     Floats acc[COUNT][VECTORS] = {};
     const float* row = a.values + column;
-    for (std::int64_t j = 0; j < length; ++j, row += a.stride) {
-        Floats right[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) right[v] = load(row + v * LANES);
-        for (int i = 0; i < COUNT; ++i) {
-            for (int v = 0; v < VECTORS; ++v) acc[i][v] += w[i][j] * right[v];
+    for (std::int64_t line = 0; line < length; line += LINE) {
+        for (int i = 0; i < COUNT; ++i) __builtin_prefetch(w[i] + line + ahead);
+        const std::int64_t end = line + LINE < length ? line + LINE : length;
+        for (std::int64_t j = line; j < end; ++j, row += a.stride) {
+            Floats right[VECTORS];
+            for (int v = 0; v < VECTORS; ++v) right[v] = load(row + v * LANES);
+            for (int i = 0; i < COUNT; ++i) {
+                for (int v = 0; v < VECTORS; ++v) acc[i][v] += w[i][j] * right[v];
+            }
         }
     }
     for (int i = 0; i < COUNT; ++i) {
@@ -36,12 +42,13 @@ void multiply(const float* const* w, const Right& a, std::int64_t column, std::i
 }
 
 template <int COUNT>
-void multiply_all(const float* const* w, const Right& a, std::int64_t length, double* sums) {
+void multiply_all(const float* const* w, const Right& a, std::int64_t length, std::int64_t ahead,
+                  double* sums) {
     std::int64_t column = 0;
     for (; column + 2 * LANES <= a.width; column += 2 * LANES) {
-        multiply<COUNT, 2>(w, a, column, length, sums);
+        multiply<COUNT, 2>(w, a, column, length, ahead, sums);
     }
-    if (column < a.width) multiply<COUNT, 1>(w, a, column, length, sums);
+    if (column < a.width) multiply<COUNT, 1>(w, a, column, length, ahead, sums);
 }
 
 // sums [rows, a.width] += w [rows, length] a [length, a.width].
@@ -51,11 +58,11 @@ void add_product(const float* w, std::int64_t stride, std::int64_t rows, const R
     std::int64_t i = 0;
     for (; i + ROWS <= rows; i += ROWS) {
         for (int c = 0; c < ROWS; ++c) some[c] = w + (i + c) * stride;
-        multiply_all<ROWS>(some, a, length, sums + i * a.width);
+        multiply_all<ROWS>(some, a, length, ROWS * stride, sums + i * a.width);
     }
     for (; i < rows; ++i) {
         some[0] = w + i * stride;
-        multiply_all<1>(some, a, length, sums + i * a.width);
+        multiply_all<1>(some, a, length, stride, sums + i * a.width);
     }
 }
 

@@ -78,12 +78,16 @@ private:
 
     // sums [height, ranks] += W Aᵀ, and the squares if they are not known.
     void read(std::int64_t first, int height, double* sums, double* weight_sq) const {
-        for (std::int64_t from = 0; from < call_.k; from += RUN) {
-            const int length = least(call_.k - from, RUN);
-            const float* w = call_.weight + first * call_.row + from;
-            add_product(w, call_.row, height, packed(from), length, sums);
-            if (call_.known_sq) continue;
-            for (int i = 0; i < height; ++i) weight_sq[i] += square_sum(w + i * call_.row, length);
+        for (int top = 0; top < height; top += ROWS) {  // so many rows from end to end
+            const int some = least(height - top, ROWS);
+            for (std::int64_t from = 0; from < call_.k; from += RUN) {
+                const int length = least(call_.k - from, RUN);
+                const float* w = call_.weight + (first + top) * call_.row + from;
+                add_product(w, call_.row, some, packed(from), length, sums + top * ranks_);
+                for (int i = 0; i < some && !call_.known_sq; ++i) {
+                    weight_sq[top + i] += square_sum(w + i * call_.row, length);
+                }
+            }
         }
     }
 

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <new>
 
 namespace fastlora::FASTLORA_ISA {
 namespace {
@@ -39,18 +40,21 @@ inline void store(double* to, Doubles values) { std::memcpy(to, &values, sizeof 
 
 inline Doubles widen(Floats values) { return __builtin_convertvector(values, Doubles); }
 
-// Memory for values that are written before they are read.
+// Memory for values that are written before they are read, from the start of a cache line on: a
+// vector that straddles two lines is loaded twice.
 template <class T>
 class Buffer {
 public:
-    explicit Buffer(std::int64_t count) : values_(new T[static_cast<std::size_t>(count)]) {}
-    ~Buffer() { delete[] values_; }
+    explicit Buffer(std::int64_t count)
+        : values_(static_cast<T*>(::operator new(static_cast<std::size_t>(count) * sizeof(T), LINE))) {}
+    ~Buffer() { ::operator delete(values_, LINE); }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
     T* operator+(std::int64_t offset) const { return values_ + offset; }
     T& operator[](std::int64_t index) const { return values_[index]; }
 
 private:
+    static constexpr std::align_val_t LINE{64};
     T* values_;
 };
 

@@ -13,6 +13,8 @@ namespace fastlora::cuda {
 namespace {
 
 constexpr int THREADS = 256;
+// Blocks a multiprocessor must have room for. Left to itself, the compiler aims at more and spills.
+constexpr int RESIDENT = 2;
 constexpr int PARTS = 4;  // of a dot: 64 pairs of columns keep all threads busy
 constexpr int HALF = LARGEST / 2;
 
@@ -64,7 +66,7 @@ __device__ double* own_doubles(double* workspace, int count) {
 }
 
 template <class Value>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, RESIDENT)
     eigen_kernel(SymmetricEigen call, double* workspace, int size) {
     __shared__ Scratch scratch;
     const Block team;
@@ -91,7 +93,8 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 template <class Value>
-__global__ void __launch_bounds__(THREADS) svd_kernel(Svd call, double* workspace, int size) {
+__global__ void __launch_bounds__(THREADS, RESIDENT)
+    svd_kernel(Svd call, double* workspace, int size) {
     __shared__ Scratch scratch;
     const Block team;
     const int n = call.n, m = call.m, a_stride = odd(m), v_stride = odd(n);
@@ -137,10 +140,11 @@ bool fits(const Call& call) {
     return sizeof(Scratch) + doubles(call) * sizeof(double) + 1024 <= most;
 }
 
-// In the workspace, which every block has a part of, two matrices a multiprocessor are under way.
+// In the workspace, which every block has a part of, a few matrices a multiprocessor are under way.
 template <class Call>
 std::int64_t blocks(const Call& call) {
-    const std::int64_t most = fits(call) ? 1 << 30 : 2 * attribute(cudaDevAttrMultiProcessorCount);
+    const std::int64_t most =
+        fits(call) ? 1 << 30 : RESIDENT * attribute(cudaDevAttrMultiProcessorCount);
     return call.count < most ? call.count : most;
 }
 

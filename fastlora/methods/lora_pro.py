@@ -45,6 +45,11 @@ class LoRAPro:
     default covers gradients in float32; those in half precision want about 1e-4. 0 leaves out
     what is singular.
 
+    Adam's second moment remembers those first g_A, so that behind it, from B = 0, "efficient" moves
+    A less than plain LoRA does, the more so with a warm-up; a damping of 1e-2 or more, or a start
+    with a B that is not zero (LoRA-GA's), keeps A moving. LoRA-Pro's "full" mode and LoRA-GA want
+    learning rates near those of full fine-tuning, not LoRA's.
+
     It hangs on the optimizer's own hooks and so works in any loop that calls ``optimizer.step()``
     with the gradients there (not with a closure). Clip gradients before the step. The gradients
     are taken as those of a loss in BA alone: a penalty on the factors goes through the same form.

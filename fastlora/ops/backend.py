@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora.ops import library
+from fastlora.ops import library, tuned
 
 NAMES = ("triton", "native", "onednn", "eager")
 ENVIRONMENT_VARIABLE = "FASTLORA_BACKEND"
@@ -226,6 +226,8 @@ def _choose(
         raise BackendError(
             f"{op} has no backend '{name}' (asked for by {source}); it offers {offered}."
         )
+    if measured := _measured(op, backends, at):
+        return measured
     for backend in backends:
         if not backend.cannot(at) and not backend.rather_not(at):
             _say_fallback(op, backends, backend, at)
@@ -234,6 +236,15 @@ def _choose(
         f"{b.name}: {', '.join(b.cannot(at) or b.rather_not(at))}" for b in backends
     )
     raise BackendError(f"{op} has no backend for {_short(at.dtype)} on {at.device}: {refusals}.")
+
+
+def _measured(op: str, backends: tuple[Backend, ...], at: Situation) -> Backend | None:
+    """The one that was the fastest on this device, if a table says so and it can run."""
+    take = tuned.choice(device_name(at.device), op, "backend", _short(at.dtype))
+    for backend in backends:
+        if backend.name == take and not backend.cannot(at):
+            return backend
+    return None
 
 
 def _say_fallback(op: str, backends: tuple[Backend, ...], taken: Backend, at: Situation) -> None:
@@ -288,6 +299,7 @@ def table(op: str, backends: tuple[Backend, ...], at: Situation) -> list[tuple[s
         check_name(name, source)
     rows: list[tuple[str, bool, str]] = []
     taken = False
+    measured = None if name is not None else _measured(op, backends, at)
     for backend in backends:
         if backend.name == name and not backend.cannot(at):
             rows.append((name, True, f"can run, and is taken: asked for by {source}"))
@@ -300,6 +312,11 @@ def table(op: str, backends: tuple[Backend, ...], at: Situation) -> list[tuple[s
             continue
         if reasons := backend.cannot(at):
             rows.append((backend.name, False, "cannot: " + "; ".join(reasons)))
+        elif measured is not None:
+            sentence = "can run"
+            if backend is measured:
+                sentence += ", and is taken: measured to be the fastest on this device"
+            rows.append((backend.name, backend is measured, sentence))
         elif reasons := backend.rather_not(at):
             rows.append((backend.name, False, "on request only: " + "; ".join(reasons)))
         else:
@@ -323,6 +340,31 @@ def cpu_vendor() -> str:
         pass
     identifier = platform.processor()  # on Windows: "... GenuineIntel"
     return identifier.rsplit(" ", 1)[-1] if identifier else ""
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """The name by which measurements on a device are found: a GPU's own; a processor's, with what
+    tells its generation where the name does not."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    facts = {}
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                key, colon, value = line.partition(":")
+                if not line.strip():
+                    break  # the other processors are the same
+                if colon:
+                    facts[key.strip()] = value.strip()
+    except OSError:
+        pass
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    told = [key for key in ("cpu family", "model") if key in facts]
+    generation = ", ".join(f"{key.removeprefix('cpu ')} {facts[key]}" for key in told)
+    return f"{name} ({generation})" if generation else name
 
 
 def triton_interprets() -> bool:

@@ -20,6 +20,7 @@ from fastlora.ops.library import address, core, with_rows
 _core = core()
 _BOUNDS = legible(torch.float32)
 _NARROW = 64  # ranks up to which the native products keep up with a GEMM library's
+_SMALL = 1 << 17  # multiply-adds that take no longer than a second thread takes to come
 
 draw_seed = eager.draw_seed
 linear = onednn.linear if backend.multiplies_with_onednn() else eager.aten_linear
@@ -41,7 +42,8 @@ def update(
     bias = None if bias is None else bias.contiguous()
     _core.low_rank_update(
         out.data_ptr(), *out.shape, out.stride(0), a.data_ptr(), a.stride(0), a.shape[1],
-        b.data_ptr(), *b.stride(), address(scale), address(bias), torch.get_num_threads(), isa,
+        b.data_ptr(), *b.stride(), address(scale), address(bias),
+        _threads(out.numel() * a.shape[1]), isa,
     )  # fmt: skip
 
 
@@ -90,12 +92,17 @@ def output_pass(
         address(dg), address(unread),
         r, address(c), 0 if c is None else c.stride(0), factor, address(h),
         address(left), 0 if left is None else left.stride(0), address(dC),
-        torch.get_num_threads(), isa,
+        _threads(dy.numel() * max(r, 1)), isa,
     )  # fmt: skip
     own = dy if own is None else own
     if not narrow:
         _, h, dC, _, _ = eager.read_output(own, lora_B, t, factor, linear)
     return Passed(own, h, dC, dg, unread if count else None)
+
+
+def _threads(multiplies: int) -> int:
+    """One thread for little work: another, asleep since the last, may be milliseconds in coming."""
+    return 1 if multiplies < _SMALL else torch.get_num_threads()
 
 
 forward = partial(eager.forward, linear=linear, update=update)

@@ -5,34 +5,18 @@ all tiles that can ever be chosen, so that ``bench/compile_matrix.py`` can compi
 enters rounded up to a power of two: the choice is cached, and two sequence lengths of one bucket
 never compile two kernels.
 
-The priors in ``algorithm`` are *unmeasured*. A file ``tables/<device>.json`` beside this module
-replaces them for one device (``device_file`` gives the name, "NVIDIA H200" -> "nvidia-h200.json")::
-
-    {
-      "format": "fastlora.adapter_linear.algorithm/1",
-      "device": "NVIDIA H200",
-      "entries": [
-        {"part": "forward", "dtype": "bfloat16", "M": 8192, "N": 4096, "K": 4096, "r": 16,
-         "algorithm": "accumulate"}
-      ]
-    }
-
-An entry serves the calls of its part and dtype whose M, N, K and r each lie within a factor of two
-of its own; the nearest one (sum of the distances in log2) wins, the earlier of two equally near.
-Calls near no entry keep the prior.
+What was measured on a device (``fastlora.ops.tuned``) comes before these choices, which are
+*unmeasured* expectations: of the algorithm, and of the tile among the candidates of its kernel.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
-from math import log2
-from pathlib import Path
-from typing import Any
 
 import torch
+
+from fastlora.ops import tuned
 
 KERNELS = (
     *("shrink", "main", "seed", "bwd_dy", "bwd_da", "sum"),
@@ -41,8 +25,6 @@ KERNELS = (
 )
 PARTS = ("forward", "dx")
 ALGORITHMS = ("fused", "accumulate")
-TABLE_FORMAT = "fastlora.adapter_linear.algorithm/1"
-TABLES = Path(__file__).parent / "tables"
 
 _KIB = 1024
 # KiB of shared memory a block may use (CUDA programming guide, table of compute capabilities)
@@ -328,12 +310,18 @@ def choose(
     and the sizes are multiples of 16, the address is one of 16 bytes (the unit in which Triton
     specialises). The rank's own stride may be anything up to rank 16.
     """
-    return _choose(kernel, dtype.itemsize == 2, bucket(M), N, r, arch, regular)
+    return _choose(kernel, dtype, bucket(M), N, K, r, arch, regular)
 
 
 @lru_cache(maxsize=4096)
-def _choose(kernel: str, half: bool, M: int, N: int, r: int, arch: Arch, regular: bool) -> Tile:
-    slots = _slots(kernel, half, arch.capability)
+def _choose(
+    kernel: str, dtype: torch.dtype, M: int, N: int, K: int, r: int, arch: Arch, regular: bool
+) -> Tile:
+    if regular:
+        found = candidates(kernel, dtype, arch)
+        if measured := measured_tile(arch, "adapter_linear", kernel, dtype, (M, N, K, r), found):
+            return measured
+    slots = _slots(kernel, dtype.itemsize == 2, arch.capability)
     size = "irregular" if not regular else "small" if M <= 16 else "any"
     if kernel in ("main", "main_scaled") and size == "any":
         # the largest tile that still gives nearly every multiprocessor a program
@@ -346,6 +334,29 @@ def _choose(kernel: str, half: bool, M: int, N: int, r: int, arch: Arch, regular
         if ranks:
             return slots[name, min(ranks)]
     raise AssertionError(f"no tile for {kernel} at M={M}, N={N}, r={r} on {arch}")
+
+
+def measured_tile(
+    arch: Arch,
+    operation: str,
+    kernel: str,
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
+    found: tuple[Tile, ...],
+) -> Tile | None:
+    """That of ``found`` which was the fastest on this device, if any was measured near ``sizes``.
+
+    A tile that is no candidate any more is not taken: only those are known to compile.
+    """
+    take = tuned.choice(arch.device, operation, f"tile {kernel}", name_of(dtype), sizes)
+    if not isinstance(take, dict):
+        return None
+    return next((tile for tile in found if asdict(tile) == take), None)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """ "bfloat16" of torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def shrink_splits(tile: Tile, M: int, K: int, r: int, arch: Arch) -> tuple[int, int]:
@@ -389,8 +400,8 @@ def algorithm(part: str, dtype: torch.dtype, M: int, N: int, K: int, r: int, arc
 def _algorithm(part: str, dtype: torch.dtype, M: int, N: int, K: int, r: int, arch: Arch) -> str:
     if part not in PARTS:
         raise ValueError(f"unknown part {part!r}; the parts are {', '.join(PARTS)}")
-    measured = _measured(load_table(arch.device, TABLES), part, dtype, (M, N, K, r))
-    return measured or _prior(dtype, M, N, K, arch)
+    measured = tuned.choice(arch.device, "adapter_linear", part, name_of(dtype), (M, N, K, r))
+    return str(measured) if measured in ALGORITHMS else _prior(dtype, M, N, K, arch)
 
 
 def _prior(dtype: torch.dtype, M: int, N: int, K: int, arch: Arch) -> str:
@@ -404,80 +415,3 @@ def _prior(dtype: torch.dtype, M: int, N: int, K: int, arch: Arch) -> str:
         # 2**32 multiply-adds take about 15 us on these cards
         return "fused" if M * N * K <= 2**32 else "accumulate"
     return "fused"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One measured decision of a table."""
-
-    part: str
-    dtype: str
-    M: int
-    N: int
-    K: int
-    r: int
-    algorithm: str
-
-
-def device_file(device: str) -> str:
-    """The file name of a device's table: "NVIDIA H200" -> "nvidia-h200.json"."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
-
-
-@lru_cache(maxsize=64)
-def load_table(device: str, folder: Path) -> tuple[Entry, ...]:
-    """The measured entries for ``device``, () where there are none; ValueError if malformed."""
-    if not device:
-        return ()
-    path = folder / device_file(device)
-    if not path.is_file():
-        return ()
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path.name} is not JSON: {error}") from error
-    if not isinstance(data, dict) or data.get("format") != TABLE_FORMAT:
-        raise ValueError(f"{path.name}: 'format' must be {TABLE_FORMAT!r}")
-    if data.get("device") != device:
-        raise ValueError(
-            f"{path.name} was measured on {data.get('device')!r}, this device is {device!r}"
-        )
-    entries = data.get("entries")
-    if not isinstance(entries, list):
-        raise ValueError(f"{path.name}: 'entries' must be a list")
-    return tuple(_entry(path.name, index, item) for index, item in enumerate(entries))
-
-
-def _entry(name: str, index: int, item: Any) -> Entry:
-    where = f"{name}: entries[{index}]"
-    fields = tuple(Entry.__dataclass_fields__)
-    if not isinstance(item, dict) or set(item) != set(fields):
-        raise ValueError(f"{where} must be an object with exactly the keys {', '.join(fields)}")
-    allowed = {
-        "part": PARTS,
-        "dtype": ("float32", "float16", "bfloat16"),
-        "algorithm": ALGORITHMS,
-    }
-    for key, values in allowed.items():
-        if item[key] not in values:
-            raise ValueError(f"{where}: {key!r} is {item[key]!r}, not one of {', '.join(values)}")
-    for key in ("M", "N", "K", "r"):
-        value = item[key]
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{where}: {key!r} must be a positive integer, not {value!r}")
-    return Entry(**item)
-
-
-def _measured(
-    entries: tuple[Entry, ...], part: str, dtype: torch.dtype, sizes: tuple[int, ...]
-) -> str | None:
-    name = str(dtype).removeprefix("torch.")
-    best: tuple[float, str] | None = None
-    for entry in entries:
-        if entry.part != part or entry.dtype != name:
-            continue
-        own = (entry.M, entry.N, entry.K, entry.r)
-        steps = [abs(log2(max(a, 1) / b)) for a, b in zip(sizes, own, strict=True)]
-        if max(steps) <= 1.0 and (best is None or sum(steps) < best[0]):
-            best = (sum(steps), entry.algorithm)
-    return best[1] if best else None

@@ -8,7 +8,18 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from fastlora.ops.backend import FLOATS
+from fastlora.ops.backend import FLOATS, Backend, needs_native, only_devices, only_dtypes
+
+# Of ``svd_lowrank``. What is given is the dtype that is computed in. The eager form multiplies by
+# oneDNN where that is faster.
+BACKENDS = (
+    Backend(
+        "native",
+        "fastlora.ops.low_rank_svd.native",
+        refuses=(only_devices("cpu"), only_dtypes(torch.float32), needs_native),
+    ),
+    Backend("eager", "fastlora.ops.low_rank_svd.eager"),
+)
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -11,7 +11,13 @@ from functools import cache, lru_cache
 
 import torch
 
-from fastlora.ops.adapter_linear.tiles import INTERPRETER_CAPABILITY, Arch, Tile, cdiv
+from fastlora.ops.adapter_linear.tiles import (
+    INTERPRETER_CAPABILITY,
+    Arch,
+    Tile,
+    cdiv,
+    measured_tile,
+)
 
 KERNELS = ("rows", "finish")
 
@@ -75,12 +81,16 @@ def choose(kernel: str, dtype: torch.dtype, r: int, arch: Arch, regular: bool = 
     ``regular``: W and A can be read 16 bytes at a time, that is, one stride is 1, the other and
     the sizes are multiples of 16, the address is one of 16 bytes.
     """
-    return _choose(kernel, dtype.itemsize == 2, r, arch, regular)
+    return _choose(kernel, dtype, r, arch, regular)
 
 
 @lru_cache(maxsize=1024)
-def _choose(kernel: str, half: bool, r: int, arch: Arch, regular: bool) -> Tile:
-    found = _slots(kernel, half, arch.capability)
+def _choose(kernel: str, dtype: torch.dtype, r: int, arch: Arch, regular: bool) -> Tile:
+    if regular:
+        tiles = candidates(kernel, dtype, arch)
+        if measured := measured_tile(arch, "weight_norm", kernel, dtype, (1, 1, 1, r), tiles):
+            return measured
+    found = _slots(kernel, dtype.itemsize == 2, arch.capability)
     for name in ("any",) if regular else ("irregular", "any"):
         ranks = [rank for (slot, rank) in found if slot == name and r <= rank]
         if ranks:

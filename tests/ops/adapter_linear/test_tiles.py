@@ -1,13 +1,16 @@
 """The choice of tiles and algorithms, on architectures this machine need not have."""
 
-import json
+from dataclasses import asdict
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastlora.ops import tuned
 from fastlora.ops.adapter_linear import tiles
+
+DEVICE = "NVIDIA H200 (test)"
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -137,93 +140,41 @@ def test_the_prior(capability, dtype, M, expected):
 
 # ----------------------------------------------------------------------------------------- tables
 
-DEVICE = "NVIDIA H200 (test)"
+
+def entry(what="forward", take="fused", **sizes):
+    own = {"M": 8192, "N": 4096, "K": 4096, "r": 16} | sizes
+    return tuned.Entry("adapter_linear", what, "bfloat16", tuple(own.values()), take)
 
 
-def entry(**changes):
-    own = {"part": "forward", "dtype": "bfloat16", "M": 8192, "N": 4096, "K": 4096, "r": 16}
-    return {**own, "algorithm": "fused", **changes}
+def measured(part="forward", M=8192, dtype=torch.bfloat16, device=DEVICE):
+    return tiles.algorithm(part, dtype, M, 4096, 4096, 16, tiles.arch_of(90, 132, device))
 
 
-@pytest.fixture
-def write(tmp_path, monkeypatch):
-    """Writes the table of DEVICE where ``tiles`` looks for it; clears what was remembered."""
-    monkeypatch.setattr(tiles, "TABLES", tmp_path)
-    tiles._algorithm.cache_clear()
-
-    def put(content):
-        text = content if isinstance(content, str) else json.dumps(content)
-        (tmp_path / tiles.device_file(DEVICE)).write_text(text)
-
-    yield put
-    tiles._algorithm.cache_clear()
-
-
-def table(*entries, **changes):
-    return {"format": tiles.TABLE_FORMAT, "device": DEVICE, "entries": list(entries), **changes}
-
-
-def measured(part="forward", M=8192, N=4096, r=16, dtype=torch.bfloat16, device=DEVICE):
-    return tiles.algorithm(part, dtype, M, N, 4096, r, tiles.arch_of(90, 132, device))
-
-
-def test_the_file_name_of_a_device():
-    assert tiles.device_file("NVIDIA H200") == "nvidia-h200.json"
-    assert tiles.device_file("NVIDIA A100-SXM4-80GB") == "nvidia-a100-sxm4-80gb.json"
-    assert tiles.device_file("../../etc/passwd") == "etc-passwd.json"
-
-
-def test_a_measurement_replaces_the_prior_near_its_shape(write):
-    assert measured() == "accumulate"  # no file yet: the prior
-    tiles._algorithm.cache_clear()
-    tiles.load_table.cache_clear()
-    write(table(entry()))
+def test_a_measured_algorithm_replaces_the_prior(tables):
+    assert measured() == "accumulate"  # no table yet
+    tables.write(DEVICE, entry())
     assert measured() == "fused"
     assert measured(M=5000) == "fused"  # the bucket of 8192
-    assert measured(M=16384, N=8192, r=32) == "fused"
     assert measured(M=32768) == "accumulate"  # two steps away
-    assert measured(N=1024) == "accumulate"
     assert measured(part="dx") == "accumulate"
     assert measured(dtype=torch.float16) == "accumulate"
     assert measured(device="another card") == "accumulate"
+    tables.write(DEVICE, entry(take="magic"))
+    assert measured() == "accumulate"
 
 
-def test_the_nearest_measurement_wins(write):
-    write(table(entry(), entry(M=16384, algorithm="accumulate"), entry(algorithm="accumulate")))
-    assert measured() == "fused"
-    assert measured(M=16384) == "accumulate"
+def test_a_measured_tile_replaces_the_prior_if_it_is_still_a_candidate(tables):
+    arch = tiles.arch_of(90, 132, DEVICE)
+    candidates = tiles.candidates("main", torch.bfloat16, arch)
 
+    def chosen(regular=True):
+        return tiles.choose("main", torch.bfloat16, 8192, 4096, 4096, 16, arch, regular)
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("{", "is not JSON"),
-        ([], "'format' must be"),
-        (table(format="something/9"), "'format' must be"),
-        (table(device="NVIDIA A100"), "measured on 'NVIDIA A100'"),
-        (table(entries={}), "'entries' must be a list"),
-        (table(entry(), "fused"), r"entries\[1\] must be an object with exactly the keys part"),
-        (table({k: v for k, v in entry().items() if k != "r"}), r"entries\[0\] must be an object"),
-        (table(entry(speed=2)), r"entries\[0\] must be an object with exactly"),
-        (table(entry(part="dw")), "'part' is 'dw', not one of forward, dx"),
-        (table(entry(dtype="int8")), "'dtype' is 'int8'"),
-        (table(entry(algorithm="magic")), "'algorithm' is 'magic'"),
-        (table(entry(M=0)), "'M' must be a positive integer, not 0"),
-        (table(entry(K=4096.0)), "'K' must be a positive integer"),
-        (table(entry(r=True)), "'r' must be a positive integer"),
-        (table(entry(part=["forward"])), "'part' is"),
-    ],
-)
-def test_a_malformed_table_is_refused(write, content, message):
-    write(content)
-    with pytest.raises(ValueError, match=message) as caught:
-        measured()
-    assert tiles.device_file(DEVICE) in str(caught.value)
-
-
-def test_shipped_tables_are_valid():
-    """None is shipped yet; one that comes must name its own file and load."""
-    for path in tiles.TABLES.glob("*.json"):
-        device = json.loads(path.read_text())["device"]
-        assert tiles.device_file(device) == path.name
-        assert tiles.load_table(device, tiles.TABLES)
+    prior, irregular = chosen(), chosen(regular=False)
+    other = next(tile for tile in candidates if tile not in (prior, irregular))
+    tables.write(DEVICE, entry("tile main", tuple(asdict(other).items())))
+    assert chosen() == other
+    assert chosen(regular=False) == irregular  # it was measured on regular operands
+    gone = tuple((asdict(other) | {"BLOCK_M": 512}).items())
+    tables.write(DEVICE, entry("tile main", gone))
+    assert chosen() == prior

@@ -1,0 +1,53 @@
+"""``adapter_linear``: a linear layer with its low-rank adapter."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from bench.throughput.case import Cell, Operation, Provider, Step
+from bench.throughput.operations import linears
+from bench.throughput.providers import backends, chosen
+from fastlora.ops import adapter_linear
+from fastlora.ops.adapter_linear.contract import BACKENDS
+from fastlora.ops.dropout import keep_scale
+
+
+def _ours(cell: Cell, own: linears.Operands, backend: str) -> Step:
+    (layer,) = own.layers
+    return Step(
+        lambda: [
+            adapter_linear(
+                own.x, *layer[:3], linears.SCALING, dropout_p=cell.dropout, backend=backend
+            )
+        ],
+        own.leaves(),
+    )
+
+
+def _providers(cell: Cell) -> list[Provider]:
+    return [
+        *linears.baselines(cell),
+        Provider("peft", linears.peft_step),
+        Provider("unsloth", linears.unsloth_step),
+        Provider("liger", linears.liger_step),
+        *(
+            Provider(f"fastlora-{name}", partial(_ours, backend=name), keep_scale=keep_scale)
+            for name in backends(BACKENDS, cell.device, cell.element)
+        ),
+    ]
+
+
+OPERATION = Operation(
+    name="adapter_linear",
+    about="a linear layer and its adapter",
+    passes=linears.PASSES,
+    rival="peft",
+    cells=partial(linears.single_cells, "adapter_linear"),
+    operands=linears.operands,
+    providers=_providers,
+    chosen=lambda cell: chosen("adapter_linear", BACKENDS, cell.device, cell.element),
+    work=linears.work,
+    set_bytes=linears.set_bytes,
+    exact=linears.exact,
+    probe=linears.probe,
+)

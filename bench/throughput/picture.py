@@ -1,0 +1,130 @@
+"""The rows as a picture: how near to the roof, and how much faster than the rival."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.device import DATASHEETS, Roof
+from bench.measure import spread
+from bench.throughput.run import BOTH, Row, median
+
+_INK, _MUTED = "#22262b", "#6b737c"
+_COLOURS = {"rival": "#f2b179", "bare": "#9aa3ad", "ours": "#1f5fbf"}
+_BARS = 40  # at most
+
+
+def draw(
+    path: Path, conditions: dict[str, Any], measured: dict[str, Roof], rows: Sequence[Row]
+) -> None:
+    """Left the roofline of the commonest dtype, right a bar for each whole pass."""
+    from matplotlib.figure import Figure
+
+    whole = [row for row in rows if row.which not in ("forward", "backward") and row.speedups()]
+    bars = _evenly(whole, _BARS)
+    height = max(4.6, 1.8 + 0.19 * len(bars))
+    figure = Figure(figsize=(12.5, height), dpi=140, facecolor="white")
+    left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
+    dtypes = [row.cell.dtype for row in rows]
+    dtype = max(set(dtypes), key=dtypes.count)
+    own = [row for row in rows if row.which != BOTH and row.cell.dtype == dtype]
+    _roofline(left, measured[dtype], own, dtype, on_gpu=rows[0].cell.device != "cpu")
+    _speedups(right, bars)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#c9ced4")
+        axes.tick_params(colors=_MUTED, labelsize=8)
+    figure.text(
+        0.012, 0.012, "\n".join(textwrap.wrap(caption(conditions), 190)), fontsize=7, color=_MUTED,
+        va="bottom",
+    )  # fmt: skip
+    figure.tight_layout(rect=(0, 0.5 / height, 1, 1), w_pad=2.5)
+    beside = path.with_name("." + path.name)
+    figure.savefig(beside, format="png")
+    os.replace(beside, path)
+
+
+def caption(conditions: dict[str, Any]) -> str:
+    """Under which conditions the figures hold."""
+    versions = conditions["versions"]
+    said = [str(conditions["device"])]
+    if conditions["driver"]:
+        said.append(f"driver {conditions['driver']}")
+    if conditions["threads"] and not conditions["driver"]:
+        said.append(f"{conditions['threads']} threads")
+    packages = [f"{name} {versions[name]}" for name in ("torch", "peft") if name in versions]
+    return (
+        f"{', '.join(said)}; {', '.join(packages)}; commit {conditions['commit']}. All take turns "
+        "in one process, each call on operands that are not in the cache; medians and quartiles. "
+        "Values and gradients are checked against float64 first."
+    )
+
+
+def _roofline(axes: Any, roof: Roof, rows: Sequence[Row], dtype: str, on_gpu: bool) -> None:
+    lowest = min((row.flops / row.moved for row in rows), default=1.0) / 2
+    highest = max((row.flops / row.moved for row in rows), default=100.0) * 2
+    edge = roof.flops_per_s / roof.bytes_per_s
+    points = sorted({lowest, min(max(edge, lowest), highest), highest})
+    axes.plot(
+        points, [min(roof.flops_per_s, p * roof.bytes_per_s) / 1e9 for p in points], color=_INK,
+        lw=1.4, label="measured copy bandwidth and product rate",
+    )  # fmt: skip
+    if on_gpu:
+        for card, sheet in DATASHEETS.items():
+            ys = [min(sheet.flops_per_s, p * sheet.bytes_per_s) / 1e9 for p in points]
+            axes.plot(points, ys, color="#d5dade", lw=0.9)
+            axes.annotate(card, (points[-1], ys[-1]), fontsize=6, color=_MUTED, ha="right")
+    groups: dict[str, list[tuple[float, float]]] = {"bare": [], "rival": [], "ours": []}
+    for row in rows:
+        for kind, name in (("bare", "bare"), ("rival", row.rival), ("ours", row.chosen)):
+            ms = median(row, name)
+            if ms:
+                groups[kind].append((row.flops / row.moved, row.flops / ms / 1e6))
+    labels = {"bare": "frozen layer alone", "rival": "rival (peft, or torch)", "ours": "fastlora"}
+    for kind, found in groups.items():
+        if found:
+            axes.scatter(
+                *zip(*found, strict=True), s=13, color=_COLOURS[kind], label=labels[kind],
+                alpha=0.8, lw=0,
+            )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("FLOP a byte that must move", color=_MUTED, fontsize=9)
+    axes.set_title(f"GFLOP/s, {dtype}, forward and backward", loc="left", fontsize=10.5, color=_INK)
+    axes.grid(color="#eceff2")
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=8, labelcolor=_INK, loc="lower right")
+
+
+def _speedups(axes: Any, rows: Sequence[Row]) -> None:
+    names, middles, errors = [], [], []
+    for row in rows:
+        low, middle, high = spread(row.speedups())
+        cell = row.cell
+        said = [cell.op.replace("adapter_", ""), cell.model, cell.layer]
+        said += [f"M={cell.m}"] if cell.m else []
+        said += [f"r={cell.rank}"] + ([f"p={cell.dropout:g}"] if cell.dropout else [])
+        names.append(" ".join(said))
+        middles.append(middle)
+        errors.append((middle - low, high - middle))
+    places = list(range(len(rows)))
+    axes.barh(
+        places, middles, xerr=list(zip(*errors, strict=True)) or None, height=0.7,
+        color=_COLOURS["ours"], ecolor=_MUTED, error_kw={"lw": 0.9},
+    )  # fmt: skip
+    axes.axvline(1.0, color=_INK, lw=1, ls=(0, (4, 3)))
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=6.5, length=0)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    title = "times as fast as peft (svd: torch), forward + backward"
+    axes.set_title(title, loc="left", fontsize=10.5, color=_INK)
+
+
+def _evenly(rows: Sequence[Row], most: int) -> list[Row]:
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[i * len(rows) // most] for i in range(most)]

@@ -1,0 +1,33 @@
+// The leading singular triples of many matrices by block Lanczos (fastlora/ops/low_rank_svd/README.md).
+#pragma once
+
+#include <cstdint>
+
+#include "isa.hpp"
+
+namespace fastlora {
+
+enum class Found : std::uint8_t { triples, nothing, extremes };
+
+struct BlockLanczos {
+    const float* const* x;  // `count` matrices [rows, columns], rows `stride` apart
+    std::int64_t count, stride, rows, columns;
+    std::int64_t width, blocks;  // of so many vectors: 8, 16, 24 or 32
+    const float* start;  // [2 width, columns] at random: of the space, and of what is to check it
+    std::int64_t q;
+    double low, high;  // norms between which it computes
+    double alike;      // neighbours that differ by less than this share are checked
+    double share;      // of the energy left, how much of the found may come from the check
+    double least;      // s_q as a share of s_1 that is resolved
+    float* u;          // [count, rows, q]
+    double* s;         // [count, q]
+    float* vh;         // [count, q, columns]
+    double* squares;   // [count]: ‖X‖²
+    double* checked;   // [count]: the share that came from the check, -1 where there was none
+    Found* found;      // [count]: nothing where another way must be taken, extremes where the norm
+                       // is out of range or not a number
+};
+
+}  // namespace fastlora
+
+FASTLORA_EACH_ISA(void block_lanczos(const BlockLanczos& call, int threads);)

@@ -1,0 +1,96 @@
+"""Block Lanczos in the native core: a matrix a thread, half the products of a subspace iteration.
+
+It declines what it does not resolve (README, "Block Lanczos"), and leaves that to the eager form.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlora.ops.library import core
+
+# Columns that the kernels multiply at once, and of the widest block.
+_GROUP, _WIDEST = 8, 32
+# Blocks of the space that checks for repeated singular values.
+_CHECKING = 2
+# Blocks are a quarter of q wide. With ρ of them to q, so many passes over X as 2ρ + _PASSES·√(ρ·niter)
+# leave no more error than torch.svd_lowrank's niter on the flattest spectrum.
+_PASSES = 3.15
+# The space's share of the smaller side beyond which a subspace iteration is no slower.
+_SHARE = 0.5
+# Block-wide runs of values that differ by less than this share are checked, and what comes from the
+# check may be this share of the energy that is left.
+_ALIKE, _FOUND = 0.03, 0.06
+# σ_q as a share of σ_1 down to which XᵀX resolves it in float32.
+_LEAST = 1e-3
+
+
+class Plan(NamedTuple):
+    """So many blocks, so wide, and the vectors at random that they are made from."""
+
+    width: int
+    blocks: int
+    starts: int
+
+
+class Triples(NamedTuple):
+    """U [n, N, q], S [n, q] float64, Vh [n, q, K], ‖X‖² [n] float64; what is not ``found`` [n]
+    means nothing but ‖X‖²."""
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    squares: Tensor
+    found: Tensor
+
+
+def plan(n: int, k: int, q: int, niter: int, more: int) -> Plan | None:
+    """For matrices [n, k], with ``more`` vectors than niter asks for; None where none fits."""
+    width = max(1, -(-q // (4 * _GROUP))) * _GROUP
+    share = max(1.0, q / width)
+    passes = 2.0 * share + _PASSES * math.sqrt(share * niter)
+    blocks = math.ceil((passes + 1) / 2) + -(-more // width)
+    fits = (blocks + _CHECKING) * width <= _SHARE * min(n, k)
+    return Plan(width, blocks, 2 * width) if fits and width <= _WIDEST else None
+
+
+def forward(
+    x: list[Tensor],
+    q: int,
+    plan: Plan,
+    start: Tensor,
+    norms: tuple[float, float],
+    isa: str = "",
+) -> Triples:
+    """Of float32 matrices [N, K] of one shape, from ``start`` [plan.starts, max(N, K)] at random.
+
+    ``norms``: between which it computes. ``isa``: one of the core's instruction sets, for tests.
+    """
+    n, k = x[0].shape
+    if x[0].stride(0) == 1 and k > 1 and _alike(x):
+        left, s, right, squares, found = forward([m.t() for m in x], q, plan, start, norms, isa)
+        return Triples(right.mT.contiguous(), s, left.mT.contiguous(), squares, found)
+    if not (x[0].stride(1) == 1 and x[0].stride(0) >= k and _alike(x)):
+        x = [m.contiguous() for m in x]
+    start = start[:, :k].contiguous()
+    count = len(x)
+    u, vh = torch.empty(count, n, q), torch.empty(count, q, k)
+    s, squares, checked = (
+        torch.empty(*shape, dtype=torch.float64) for shape in ((count, q), (count,), (count,))
+    )
+    found = torch.empty(count, dtype=torch.uint8)
+    core().block_lanczos(
+        [m.data_ptr() for m in x], x[0].stride(0), n, k, plan.width, plan.blocks,
+        start.data_ptr(), q, *norms, _ALIKE, _FOUND, _LEAST, u.data_ptr(), s.data_ptr(),
+        vh.data_ptr(), squares.data_ptr(), checked.data_ptr(), found.data_ptr(),
+        torch.get_num_threads(), isa,
+    )  # fmt: skip
+    return Triples(u, s, vh, squares, found == 0)
+
+
+def _alike(x: list[Tensor]) -> bool:
+    return all(m.stride() == x[0].stride() for m in x)
