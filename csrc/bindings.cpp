@@ -1,4 +1,4 @@
-// With cuda_bindings.cpp the only file that knows Python. Arrays come in as addresses: the callers in
+// With cuda_bindings.cpp, and the headers of lists of tensors, the only file that knows Python. Arrays come in as addresses: the callers in
 // fastlora/ops, each named after its kernel's file, have checked dtypes, shapes and strides. Every
 // call takes the number of threads and the name of an instruction set, "" for the widest.
 #include <pybind11/pybind11.h>
@@ -13,6 +13,7 @@
 #include "cpu/low_rank_update.hpp"
 #include "cpu/output_pass.hpp"
 #include "cpu/row_norm.hpp"
+#include "sign_momentum_table.hpp"
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
@@ -127,5 +128,10 @@ PYBIND11_MODULE(_C, module) {
     module.def("block_lanczos", &block_lanczos);
     module.def("symmetric_eigen", &symmetric_eigen);
     module.def("svd", &svd);
+    py::class_<fastlora::SignMomentumTable>(module, "SignMomentumTable")
+        .def(py::init<py::object, py::object>())
+        .def("read", &fastlora::SignMomentumTable::read)
+        .def("__len__", &fastlora::SignMomentumTable::size)
+        .def("run", &fastlora::SignMomentumTable::run);
     module.def("same", &same, "Whether as many bytes at two addresses are equal");
 }

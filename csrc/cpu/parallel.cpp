@@ -50,11 +50,9 @@ std::int64_t range_length(std::int64_t count, std::int64_t grain, int threads) {
     return std::max<std::int64_t>((grains + ranges - 1) / ranges, 1) * grain;
 }
 
-void parallel_for(std::int64_t count, std::int64_t grain, int threads, void* state,
-                  void (*body)(void*, std::int64_t, std::int64_t)) {
-    if (count <= 0) return;
-    Work work{count, range_length(count, grain, threads), state, body};
-    const unsigned ranges = static_cast<unsigned>((count + work.step - 1) / work.step);
+namespace {
+
+void run(Work& work, unsigned ranges) {
     const Runtime& omp = runtime();
     if (ranges == 1 || (omp.in_parallel && omp.in_parallel())) {
         work.run();
@@ -69,6 +67,30 @@ void parallel_for(std::int64_t count, std::int64_t grain, int threads, void* sta
     for (unsigned index = 1; index < ranges; ++index) others.emplace_back([&] { work.run(); });
     work.run();
     for (auto& other : others) other.join();
+}
+
+}  // namespace
+
+void parallel_for(std::int64_t count, std::int64_t grain, int threads, void* state,
+                  void (*body)(void*, std::int64_t, std::int64_t)) {
+    if (count <= 0) return;
+    Work work{count, range_length(count, grain, threads), state, body};
+    run(work, static_cast<unsigned>((count + work.step - 1) / work.step));
+}
+
+void parallel_each(std::int64_t count, int threads, void* state,
+                   void (*body)(void*, std::int64_t)) {
+    if (count <= 0) return;
+    struct Each {
+        void* state;
+        void (*body)(void*, std::int64_t);
+    } each{state, body};
+    Work work{count, 1, &each, [](void* all, std::int64_t index, std::int64_t) {
+                  const Each& own = *static_cast<const Each*>(all);
+                  own.body(own.state, index);
+              }};
+    run(work, static_cast<unsigned>(std::max<std::int64_t>(
+                  std::min<std::int64_t>(threads, count), 1)));
 }
 
 }  // namespace fastlora

@@ -22,4 +22,16 @@ void parallel_for(std::int64_t count, std::int64_t grain, int threads, const Bod
                  });
 }
 
+// Calls body(state, index) for every index below count, on at most `threads` threads: whoever is free
+// takes the next, in order. For pieces of unequal length.
+void parallel_each(std::int64_t count, int threads, void* state,
+                   void (*body)(void* state, std::int64_t index));
+
+template <class Body>
+void parallel_each(std::int64_t count, int threads, const Body& body) {
+    parallel_each(count, threads, const_cast<Body*>(&body), [](void* state, std::int64_t index) {
+        (*static_cast<const Body*>(state))(index);
+    });
+}
+
 }  // namespace fastlora

@@ -5,6 +5,7 @@ from fastlora.nn.adapted import AdaptedLayer
 from fastlora.nn.lora_conv import LoRAConv
 from fastlora.nn.lora_embedding import LoRAEmbedding
 from fastlora.nn.lora_linear import LoRALinear
+from fastlora.nn.tied_head import TiedHead
 from fastlora.nn.vera_linear import VeRALinear, VeRAProjection
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "LoRAConv",
     "LoRAEmbedding",
     "LoRALinear",
+    "TiedHead",
     "VeRALinear",
     "VeRAProjection",
 ]

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fastlora.cli import main
-from fastlora.cli.demo import NAMES, contest, data, memory, model, report
+from fastlora.cli.demo import NAMES, OPTIMIZER_NAMES, contest, data, memory, model, report
 from fastlora.cli.demo.methods import METHODS
+from fastlora.cli.demo.optimizers import OPTIMIZERS
 from fastlora.cli.errors import UserError
 
 
@@ -112,6 +113,36 @@ def test_a_start_of_its_own_is_injected(tiny_model, text_file, tmp_path, capsys)
 
 def test_the_names_are_those_of_the_methods():
     assert tuple(METHODS) == NAMES
+    assert tuple(OPTIMIZERS) == OPTIMIZER_NAMES
+
+
+@pytest.mark.parametrize("method", ["lora", "vera", "adalora", "lora_pro"])
+@pytest.mark.parametrize("optimizer", ["lion", "tiger"])
+def test_sign_optimizers_beside_the_published_update(
+    optimizer, method, tiny_model, text_file, tmp_path, capsys
+):
+    words = ["--optimizer", optimizer, "--method", method]
+    assert run(tiny_model, text_file, tmp_path, *words) == 0
+    result, printed = read(tmp_path), capsys.readouterr().out
+    assert result["failures"] == [] and result["optimizer"] == optimizer
+    assert len(set(result["fastlora"]["loss"])) == 3
+    assert f"{optimizer.capitalize()}, lr" in " ".join(printed.split())
+
+
+def test_a_wrong_step_fails_the_command(tiny_model, text_file, tmp_path, capsys, monkeypatch):
+    from fastlora.cli.demo import optimizers
+
+    step = optimizers.Lion._step
+
+    def wrong(self):
+        self.param_groups[0]["betas"] = (0.0, 0.0)
+        self.param_groups[0]["maximize"] = True
+        step(self)
+
+    monkeypatch.setattr(optimizers.Lion, "_step", wrong)
+    words = ["--optimizer", "lion", "--lr", "1e-2"]
+    assert run(tiny_model, text_file, tmp_path, *words) == 1
+    assert "FAILED: fastlora's losses differ from peft's" in capsys.readouterr().err
 
 
 def test_dropout_differs_from_peft_and_says_so(tiny_model, text_file, tmp_path, capsys):
@@ -159,6 +190,7 @@ def test_a_divergence_is_named_and_nothing_written(steps, tiny_model, text_file,
     [
         (["--method", "lroa"], "did you mean lora or"),
         (["--method", "quantum"], "there is lora and rslora and dora"),
+        (["--optimizer", "lyon"], "did you mean lion?"),
         (["--steps", "0"], "--steps: it must be at least 1"),
         (["--steps", "many"], "'many' is not a whole number"),
         (["--rank", "0"], "--rank: it must be at least 1"),

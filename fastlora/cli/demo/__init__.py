@@ -18,6 +18,7 @@ from fastlora.ops.backend import NAMES as BACKEND_NAMES
 # those of methods.METHODS, which needs torch to be imported
 NAMES = ("lora", "rslora", "dora", "vera", "adalora", "lora_fa", "lora_pro", "pissa", "lora_ga")
 
+OPTIMIZER_NAMES = ("adamw", "lion", "tiger")  # those of optimizers.OPTIMIZERS
 DTYPES = ("float32", "bfloat16", "float16")
 SAMPLE_TOKENS = 40
 _PACKAGES = ("transformers", "peft", "matplotlib", "tqdm")
@@ -50,10 +51,17 @@ def add_parser(commands: Any, name: str) -> argparse.ArgumentParser:
     )
     add("--dropout", type=_number(0, 1), default=0.0, metavar="P", help="on the adapters' input")
     add(
+        "--optimizer",
+        type=_one_of("optimizer", OPTIMIZER_NAMES),
+        default="adamw",
+        help="adamw, or lion or tiger: fastlora's on its side, the published update on peft's",
+    )
+    add(
         "--lr",
         type=_number(0),
         metavar="LR",
-        help="learning rate of AdamW (default: 5e-4; VeRA 5e-3)",
+        help="learning rate (default: of AdamW 5e-4, VeRA 5e-3; Lion's a fifth of it; Tiger's, "
+        "which is relative, 2e-3)",
     )
     add("--batch", type=_whole(1), default=2, metavar="B", help="sequences a step")
     add("--seq-len", type=_whole(2), default=128, metavar="T", help="tokens a sequence")
@@ -139,7 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
     began = time.perf_counter()
     _require_packages()
 
-    from fastlora.cli.demo import contest, data, methods, model, report
+    from fastlora.cli.demo import contest, data, methods, model, optimizers, report
 
     method = methods.METHODS[arguments.method]
     if method.own_start and arguments.via == "accelerate":
@@ -148,7 +156,7 @@ def run(arguments: argparse.Namespace) -> int:
             "that peft has to be told of: --via inject"
         )
     arguments.rank = arguments.rank or method.rank
-    arguments.lr = arguments.lr or method.lr
+    arguments.lr = arguments.lr or optimizers.OPTIMIZERS[arguments.optimizer].lr(method.lr)
     device = _device(arguments.device)
     dtype = _dtype(arguments.dtype, device)
     backend = _backend(arguments.backend, device, dtype)
@@ -166,6 +174,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.steps,
         arguments.via,
         arguments.backend,
+        arguments.optimizer,
     )
     before = model.fingerprint(base)
     training = [batch.to(device) for batch in batches.training]
@@ -291,6 +300,7 @@ def _conditions(
         "rank": arguments.rank,
         "alpha": arguments.alpha if method.has_alpha else None,
         "dropout": arguments.dropout,
+        "optimizer": arguments.optimizer,
         "lr": arguments.lr,
         "batch": arguments.batch,
         "seq_len": arguments.seq_len,

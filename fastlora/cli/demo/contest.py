@@ -23,6 +23,7 @@ from fastlora.adapters.view import AdapterLayer
 from fastlora.cli.demo import memory
 from fastlora.cli.demo.methods import Recipe
 from fastlora.cli.demo.model import share
+from fastlora.cli.demo.optimizers import OPTIMIZERS
 from fastlora.cli.errors import UserError
 from fastlora.nn import AdaptedLayer
 
@@ -161,8 +162,8 @@ def _with_fastlora(base: Any, recipe: Recipe, training: list[Tensor]) -> tuple[A
 
 
 def _optimizer(model: Any, recipe: Recipe, by_peft: bool = False) -> torch.optim.Optimizer:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=0.0)
+    chosen = OPTIMIZERS[recipe.optimizer]
+    optimizer = (chosen.theirs if by_peft else chosen.ours)(model, recipe.lr)
     attach = recipe.method.around_steps
     if by_peft:
         attach = recipe.method.around_peft_steps or attach

@@ -66,6 +66,7 @@ class Recipe:
     steps: int
     via: str
     backend: str | None
+    optimizer: str = "adamw"
 
 
 def _lora_options(recipe: Recipe) -> dict[str, Any]:

@@ -127,8 +127,10 @@ def conditions(result: dict[str, Any]) -> str:
     count = result["threads"]
     threads = f", {count} thread{'s' if count > 1 else ''}" if count else ""
     steps = result["steps"]
+    chosen = result.get("optimizer", "adamw")
+    optimizer = "" if chosen == "adamw" else f"{chosen.capitalize()}, lr {result['lr']:g}; "
     return (
-        f"{result['device_name']}{threads}, {result['dtype']}; {result['batch']} × "
+        f"{result['device_name']}{threads}, {result['dtype']}; {optimizer}{result['batch']} × "
         f"{result['seq_len']} tokens, {steps} step{'s' if steps > 1 else ''}; via "
         f"{result['via']}, backend {result['backend']}; fastlora {versions['fastlora']}, torch "
         f"{versions['torch']}, peft {versions['peft']}, transformers {versions['transformers']}."

@@ -1,0 +1,84 @@
+"""What a parameter group may hold; every refusal is a sentence."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STATE_DTYPES = ("float32", "bfloat16", "8bit")
+ALGORITHMS = ("sign", "adamw")
+
+
+def number(name: str, value: Any) -> None:
+    """Raise ValueError unless it is a finite number of at least 0, or a tensor with one element.
+
+    A tensor on another device than the CPU is not waited for, and its value not looked at.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(f"{name} as a tensor must hold one floating-point number")
+        if value.device.type != "cpu":
+            return
+        value = value.item()
+    if not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be a finite number of at least 0, not {value}")
+
+
+def fraction(name: str, value: Any) -> None:
+    """Raise ValueError unless it is in [0, 1)."""
+    if not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), not {value}")
+
+
+def pair(name: str, value: Any) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{name} must be two numbers, not {value}")
+    for one in value:
+        fraction(name, one)
+
+
+def one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, not {value!r}")
+
+
+def state_dtype(value: Any) -> str:
+    """Its name in a group: "float32", "bfloat16" or "8bit". Raises ValueError for another."""
+    name = str(value).removeprefix("torch.")
+    one_of("state_dtype", name, STATE_DTYPES)
+    return name
+
+
+def common(group: dict[str, Any]) -> None:
+    """The options that every group of Lion and Tiger has. Raises ValueError."""
+    one_of("algorithm", group["algorithm"], ALGORITHMS)
+    number("lr", group["lr"])
+    number("weight_decay", group["weight_decay"])
+    one_of("state_dtype", group["state_dtype"], STATE_DTYPES)
+    if group["lazy_momentum"] and not group["lazy_rows"]:
+        raise ValueError("lazy_momentum keeps the momentum of rows that lazy_rows keeps; give both")
+    if group["algorithm"] == "adamw":
+        pair("adam_betas", group["adam_betas"])
+        number("adam_eps", group["adam_eps"])
+        if group["lazy_rows"]:
+            raise ValueError("lazy_rows is a remedy for sign updates; AdamW has no need of it")
+    if group["capturable"] and group["stochastic_rounding"]:
+        raise ValueError(
+            "a captured step would round with the same random bits at every replay: capturable and "
+            "stochastic_rounding exclude each other"
+        )
+
+
+def parameter(param: Any, name: str) -> None:
+    """Raise TypeError unless it is a real floating-point tensor."""
+    if not isinstance(param, Tensor):
+        raise TypeError(f"{name} is a {type(param).__name__}, not a tensor")
+    if param.is_complex():
+        raise TypeError(f"{name} is complex, and a complex number has no sign")
+    if param.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"{name} is {param.dtype}; floating-point parameters are updated")
+    if param.is_sparse:
+        raise TypeError(f"{name} is sparse; gradients may be, parameters not")
