@@ -17,7 +17,7 @@ from fastlora.ops.library import core
 _GROUP, _WIDEST = 8, 32
 # Blocks of the space that checks for repeated singular values.
 _CHECKING = 2
-# Blocks are a quarter of q wide. With ρ of them to q, so many passes over X as 2ρ + _PASSES·√(ρ·niter)
+# Blocks are a quarter of q wide. With ρ of them to q, as many passes as 2ρ + _PASSES·√(ρ·niter)
 # leave no more error than torch.svd_lowrank's niter on the flattest spectrum.
 _PASSES = 3.15
 # The space's share of the smaller side beyond which a subspace iteration is no slower.
