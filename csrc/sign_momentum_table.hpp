@@ -97,7 +97,10 @@ public:
 
 private:
     // About what stays in a core's second cache from the look at it to the update.
-    static constexpr std::int64_t CHUNK = 32768;
+    #ifndef CHUNKS
+#define CHUNKS 32768
+#endif
+    static constexpr std::int64_t CHUNK = CHUNKS;
 
     // A list or tuple, or nothing.
     class List {
