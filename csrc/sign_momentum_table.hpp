@@ -97,10 +97,7 @@ public:
 
 private:
     // About what stays in a core's second cache from the look at it to the update.
-    #ifndef CHUNKS
-#define CHUNKS 32768
-#endif
-    static constexpr std::int64_t CHUNK = CHUNKS;
+    static constexpr std::int64_t CHUNK = 32768;
 
     // A list or tuple, or nothing.
     class List {

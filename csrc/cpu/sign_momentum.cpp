@@ -160,11 +160,6 @@ void update(char* param, const char* grad, char* momentum, std::int64_t count, c
     const Step step = given;  // a copy of its own, that stores cannot change
     std::int64_t i = 0;
     for (; i + LANES <= count; i += LANES) {
-#ifdef AHEAD
-        __builtin_prefetch(param + i * P::BYTES + AHEAD, 1);
-        __builtin_prefetch(grad + i * G::BYTES + AHEAD);
-        __builtin_prefetch(momentum + i * M::BYTES + AHEAD, 1);
-#endif
         one<P, G, M>(param + i * P::BYTES, grad + i * G::BYTES, momentum + i * M::BYTES, step,
                      static_cast<std::uint32_t>(index + i));
     }

@@ -11,7 +11,7 @@ from fastlora.ops.sign_momentum.contract import Job, compute_dtype, keys
 from fastlora.ops.sign_momentum.eight_bit import EightBit
 
 
-def read(job: Job, kept: Any = None) -> None:
+def read(job: Job, kept: Any = None, checked: bool = False) -> None:
     """Nothing, as in eager.py."""
 
 
