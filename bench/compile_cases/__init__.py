@@ -4,10 +4,12 @@ Each has KERNELS, the names of its kernels, and ``cases(kernel, dtype, arch, red
 in which one may be launched; ``reduced`` keeps the one that asks most of the compiler.
 """
 
-from bench.compile_cases import adapter_linear, weight_norm
+from bench.compile_cases import adapter_linear, sign_momentum, weight_norm
 
 PROVIDERS = {
-    kernel: module for module in (adapter_linear, weight_norm) for kernel in module.KERNELS
+    kernel: module
+    for module in (adapter_linear, weight_norm, sign_momentum)
+    for kernel in module.KERNELS
 }
 
 __all__ = ["PROVIDERS"]

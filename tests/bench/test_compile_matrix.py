@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.compile_cases import PROVIDERS
+from bench.compile_cases import PROVIDERS, sign_momentum
 from fastlora.ops.adapter_linear import tiles as adapter_linear
 from fastlora.ops.weight_norm import tiles as weight_norm
+
+SIGN_MOMENTUM = sign_momentum.KERNELS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,19 +42,21 @@ def test_every_kernel_compiles_for_every_architecture(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     rows = json.loads(file.read_text())
     compiled = {(row["kernel"], row["arch"]) for row in rows}
-    kernels = (*adapter_linear.KERNELS, *weight_norm.KERNELS)
+    kernels = (*adapter_linear.KERNELS, *weight_norm.KERNELS, *SIGN_MOMENTUM)
     assert compiled == {(k, a) for k in kernels for a in (80, 86, 89, 90, 100, 120)}
     for row in rows:
         assert 0 < row["registers"] <= 255
         assert row["code_bytes"] > 0
         assert row["spilled"] == 0
         assert row["shared"] <= row["limit"]
-        assert bool(row["tensor_core"]) == (row["kernel"] not in ("drop", "sum", "finish"))
+        assert bool(row["tensor_core"]) == (
+            row["kernel"] not in ("drop", "sum", "finish", *SIGN_MOMENTUM)
+        )
     by_name = {(row["kernel"], row["arch"]): row["tensor_core"] for row in rows}
     assert "HMMA" in by_name["main", 80]
     assert "HGMMA" in by_name["main", 90]
     assert "UTCHMMA" in by_name["main", 100]
-    assert done.stdout.splitlines()[-1].startswith("72 rows, 0 with problems")
+    assert done.stdout.splitlines()[-1].startswith("90 rows, 0 with problems")
 
 
 @pytest.mark.parametrize("operation, kernels", [(adapter_linear, 10), (weight_norm, 2)])

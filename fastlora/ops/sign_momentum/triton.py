@@ -173,9 +173,6 @@ def sign_momentum_update_kernel(
     row = table_ptr + entry * COLUMNS
     offsets = first + tl.arange(0, BLOCK)
     mask = offsets < tl.load(row + 4)
-    lost = False
-    if SHRINKS:
-        lost = tl.load(lost_ptr + entry) != 0
     random = tl.zeros((BLOCK,), tl.uint32)
     if RANDOM:
         random = offsets.to(tl.uint32) + tl.load(keys_ptr + entry * 2).to(tl.uint32)
@@ -186,13 +183,17 @@ def sign_momentum_update_kernel(
         random *= 0xC2B2AE35
         random ^= random >> 16
         random &= 0xFFFF
-    if lost:
+    kept = True
+    if SHRINKS:
+        kept = tl.load(lost_ptr + entry) == 0
         if P_TYPE != "":
+            # of a tensor that is not lost nothing is read and nothing written
+            lost = mask & (tl.load(lost_ptr + entry) != 0)
             center = tl.load(centers_ptr + entry)
-            p = _load(tl.load(row), offsets, mask, P_TYPE, ALIGNED)
+            p = _load(tl.load(row), offsets, lost, P_TYPE, ALIGNED)
             p = (p - center) * shrink + center
-            _store(tl.load(row), offsets, mask, p, random, P_TYPE, RANDOM, ALIGNED)
-    else:
+            _store(tl.load(row), offsets, lost, p, random, P_TYPE, RANDOM, ALIGNED)
+    if kept:
         momentum = tl.load(row + 2)
         if M_TYPE == "q8":
             codes = tl.load(momentum.to(tl.pointer_type(tl.int8)) + offsets, mask=mask, other=0)
@@ -214,8 +215,8 @@ def sign_momentum_update_kernel(
                 top = tl.max(tiles, axis=1)
                 scale = tl.where(top < 0x7F800000, top, 0x7FC00000).to(tl.float32, bitcast=True)
                 blocks = first // Q_BLOCK + tl.arange(0, BLOCK // Q_BLOCK)
-                kept = blocks * Q_BLOCK < tl.load(row + 4)
-                tl.store(scales_ptr + blocks, scale, mask=kept)
+                inside = blocks * Q_BLOCK < tl.load(row + 4)
+                tl.store(scales_ptr + blocks, scale, mask=inside)
                 sound = (scale > 0)[:, None]
                 by = tl.where(sound, scale[:, None], 1.0)
                 values = tl.reshape(tl.where(mask, new, 0.0), (BLOCK // Q_BLOCK, Q_BLOCK))
