@@ -68,7 +68,7 @@ def specialise(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], dict[An
             signature[name] = "*" + case.pointers.get(name, _TRITON_NAMES[case.dtype])
             if case.alignment != "irregular":
                 attributes[(index,)] = [["tt.divisibility", 16]]
-        elif name in _FLOATS:
+        elif name in _FLOATS or name in case.floats:
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
@@ -98,7 +98,8 @@ def compile_case(case: Case) -> Row:
         compiled = triton.compile(
             ASTSource(function, signature, constants, attributes),
             target=GPUTarget("cuda", case.arch, 32),
-            options={"num_warps": case.tile.num_warps, "num_stages": case.tile.num_stages},
+            options={"num_warps": case.tile.num_warps, "num_stages": case.tile.num_stages}
+            | case.options,
         )
     except Exception as error:  # a row of the table, and the reason for a non-zero exit
         row.problems.append("does not compile: " + " ".join(str(error).split())[:200])

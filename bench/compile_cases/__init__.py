@@ -5,10 +5,12 @@ in which one may be launched; ``reduced`` keeps the one that asks most of the co
 kernels, which are compiled otherwise, are in cuda.py.
 """
 
-from bench.compile_cases import adapter_linear, weight_norm
+from bench.compile_cases import adapter_linear, sign_momentum, weight_norm
 
 PROVIDERS = {
-    kernel: module for module in (adapter_linear, weight_norm) for kernel in module.KERNELS
+    kernel: module
+    for module in (adapter_linear, weight_norm, sign_momentum)
+    for kernel in module.KERNELS
 }
 
 __all__ = ["PROVIDERS"]

@@ -36,6 +36,8 @@ class Case:
     constants: dict[str, Any] = field(default_factory=dict)  # beside those of tile and flags
     pointers: dict[str, str] = field(default_factory=dict)  # element types other than dtype
     multiplies: bool = True  # matrices, for which half precision must use tensor cores
+    floats: tuple[str, ...] = ()  # arguments that are no integers
+    options: dict[str, Any] = field(default_factory=dict)  # of the compiler, beside the tile's
 
 
 def alignments(

@@ -29,10 +29,11 @@ inline Words select(Ints where, Words yes, Words no) {
 struct Random {
     std::uint32_t k0, k1;
 
-    Words operator()(std::uint32_t first) const {
+    // Of elements first, first + stride, …
+    Words operator()(std::uint32_t first, std::uint32_t stride = 1) const {
         Words h;
         for (int lane = 0; lane < LANES; ++lane) h[lane] = static_cast<std::uint32_t>(lane);
-        h += first + k0;
+        h = h * stride + (first + k0);
         h ^= h >> 16;
         h *= 0x85ebca6bu;
         h ^= h >> 13;
@@ -116,6 +117,13 @@ inline int bytes(Stored type) { return type == Stored::f32 ? 4 : type == Stored:
 struct Step {
     float a, b, c, d, eta, w;
     const Random* random;
+
+    // ±η where v is not zero (nor NaN), with its sign.
+    Floats signed_eta(Floats v) const {
+        const Words moves = reinterpret_cast<Words>((v < 0) | (v > 0));
+        const Words rate = bits(Floats{} + eta);
+        return floats(((bits(v) & 0x80000000u) | rate) & moves);
+    }
 };
 
 template <class A, class B>
@@ -135,11 +143,7 @@ inline void one(char* param, const char* grad, char* momentum, const Step& step,
         M::put(momentum, step.c * old + step.d * g);
     }
     if constexpr (!same<P, Nothing>) {
-        // ±η where v is not zero (nor NaN), with its sign
-        const Words moves = reinterpret_cast<Words>((v < 0) | (v > 0));
-        const Words eta = bits(Floats{} + step.eta);
-        const Floats u = floats(((bits(v) & 0x80000000u) | eta) & moves);
-        const Floats moved = step.w * P::get(param) - u;
+        const Floats moved = step.w * P::get(param) - step.signed_eta(v);
         if constexpr (P::ROUNDS) {
             if (step.random) {
                 P::put(param, moved, (*step.random)(index));
@@ -170,6 +174,50 @@ void update(char* param, const char* grad, char* momentum, std::int64_t count, c
     }
 }
 
+constexpr bool LITTLE_ENDIAN_WORDS = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
+
+// All of it in bfloat16: a word holds two neighbours, which need not be brought into other lanes. NaN
+// needs no care either: its low half is zero, so no rounding carries out of it.
+inline Words rounded(Floats values) {
+    const Words all = bits(values);
+    return all + 0x7fffu + ((all >> 16) & 1u);
+}
+
+inline Words pair(Words even, Words odd) { return (even >> 16) | (odd & 0xffff0000u); }
+
+void update_pairs(char* param, const char* grad, char* momentum, std::int64_t count,
+                  const Step& given, std::int64_t index) {
+    constexpr int PAIRS = 2 * LANES;
+    const Step step = given;
+    std::int64_t i = 0;
+    for (; i + PAIRS <= count; i += PAIRS) {
+        Words p, g, m;
+        std::memcpy(&p, param + 2 * i, sizeof p);
+        std::memcpy(&g, grad + 2 * i, sizeof g);
+        std::memcpy(&m, momentum + 2 * i, sizeof m);
+        Floats old[2] = {floats(m << 16), floats(m & 0xffff0000u)};
+        Floats now[2] = {floats(g << 16), floats(g & 0xffff0000u)};
+        Floats theta[2] = {floats(p << 16), floats(p & 0xffff0000u)};
+        for (int half = 0; half < 2; ++half) {
+            const Floats v = step.a * old[half] + step.b * now[half];
+            old[half] = step.c * old[half] + step.d * now[half];
+            theta[half] = step.w * theta[half] - step.signed_eta(v);
+        }
+        m = pair(rounded(old[0]), rounded(old[1]));
+        if (step.random) {
+            const std::uint32_t at = static_cast<std::uint32_t>(index + i);
+            p = pair(bits(theta[0]) + (*step.random)(at, 2),
+                     bits(theta[1]) + (*step.random)(at + 1, 2));
+        } else {
+            p = pair(rounded(theta[0]), rounded(theta[1]));
+        }
+        std::memcpy(momentum + 2 * i, &m, sizeof m);
+        std::memcpy(param + 2 * i, &p, sizeof p);
+    }
+    update<Bf16, Bf16, Bf16>(param + 2 * i, grad + 2 * i, momentum + 2 * i, count - i, step,
+                             index + i);
+}
+
 using Update = void (*)(char*, const char*, char*, std::int64_t, const Step&, std::int64_t);
 
 template <class P, class G>
@@ -193,6 +241,10 @@ Update of_grad(const Entry& entry, bool grads) {
 // What moves the parameter, or, without it, momentum only.
 Update of(const Entry& entry, bool params, bool grads) {
     if (!params) return of_grad<Nothing>(entry, grads);
+    if (grads && entry.param_type == Stored::bf16 && entry.grad_type == Stored::bf16 &&
+        entry.momentum_type == Stored::bf16 && LITTLE_ENDIAN_WORDS) {
+        return update_pairs;
+    }
     switch (entry.param_type) {
         case Stored::bf16: return of_grad<Bf16>(entry, grads);
         case Stored::f16: return of_grad<F16>(entry, grads);

@@ -10,12 +10,14 @@ from torch import Tensor
 from fastlora.ops.adapter_group.contract import BACKENDS as ADAPTER_GROUP
 from fastlora.ops.adapter_linear.op import BACKENDS as ADAPTER_LINEAR
 from fastlora.ops.backend import Backend, Situation, table
+from fastlora.ops.sign_momentum.contract import BACKENDS as SIGN_MOMENTUM
 from fastlora.ops.weight_norm.contract import BACKENDS as WEIGHT_NORM
 
 OPERATIONS: dict[str, tuple[Backend, ...]] = {
     "adapter_linear": ADAPTER_LINEAR,
     "adapter_group": ADAPTER_GROUP,
     "weight_norm": WEIGHT_NORM,
+    "sign_momentum": SIGN_MOMENTUM,
 }
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.compile_cases import PROVIDERS, cuda
+from bench.compile_cases import PROVIDERS, cuda, sign_momentum
 from bench.compile_cases import row as rows_of
 from fastlora.ops.adapter_linear import tiles as adapter_linear
 from fastlora.ops.weight_norm import tiles as weight_norm
+
+SIGN_MOMENTUM = sign_momentum.KERNELS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,20 +44,22 @@ def test_every_kernel_compiles_for_every_architecture(tmp_path):
     everything = json.loads(file.read_text())
     rows = [row for row in everything if row["tile"]]
     compiled = {(row["kernel"], row["arch"]) for row in rows}
-    kernels = (*adapter_linear.KERNELS, *weight_norm.KERNELS)
+    kernels = (*adapter_linear.KERNELS, *weight_norm.KERNELS, *SIGN_MOMENTUM)
     assert compiled == {(k, a) for k in kernels for a in (80, 86, 89, 90, 100, 120)}
     for row in rows:
         assert 0 < row["registers"] <= 255
         assert row["code_bytes"] > 0
         assert row["spilled"] == 0
         assert row["shared"] <= row["limit"]
-        assert bool(row["tensor_core"]) == (row["kernel"] not in ("drop", "sum", "finish"))
+        assert bool(row["tensor_core"]) == (
+            row["kernel"] not in ("drop", "sum", "finish", *SIGN_MOMENTUM)
+        )
     by_name = {(row["kernel"], row["arch"]): row["tensor_core"] for row in rows}
     assert "HMMA" in by_name["main", 80]
     assert "HGMMA" in by_name["main", 90]
     assert "UTCHMMA" in by_name["main", 100]
     assert done.stdout.splitlines()[-1].startswith(f"{len(everything)} rows, 0 with problems")
-    assert len(rows) == 72
+    assert len(rows) == 90
     native = {(row["kernel"], row["dtype"], row["arch"]) for row in everything if not row["tile"]}
     assert ("csrc/cuda is left out" in done.stdout) == (len(native) < 24)
     if cuda.nvcc() is not None:

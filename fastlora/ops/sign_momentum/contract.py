@@ -28,9 +28,20 @@ from fastlora.ops.sign_momentum.eight_bit import EightBit
 Momentum = Tensor | EightBit
 Number = float | Tensor  # a tensor: 0-dim, on the parameters' device
 
-# Each module has ``read(job, kept)``, the lists as it takes them or None where it cannot check them
-# faster than op.py does, and ``update(job, table)``, which does all that a Job asks for.
+# Each module has ``read(job, kept, checked)``, the lists as it takes them, made from an earlier
+# call's if they were the same: None where they still have to be checked, or are not row-major. And
+# ``update(job, table)``, which does all that a Job asks for.
 BACKENDS = (
+    _backend.Backend(
+        "triton",
+        "fastlora.ops.sign_momentum.triton",
+        refuses=(
+            _backend.only_devices("cuda", "cpu"),
+            _backend.only_dtypes(*_backend.FLOATS),
+            _backend.needs_triton,
+        ),
+        leaves=(_backend.interpreter_is_for_tests,),
+    ),
     _backend.Backend(
         "native",
         "fastlora.ops.sign_momentum.native",

@@ -12,7 +12,7 @@ from fastlora.ops.sign_momentum.contract import Job, Momentum, Number, compute_d
 from fastlora.ops.sign_momentum.eight_bit import EightBit, double
 
 
-def read(job: Job, kept: Any = None) -> None:
+def read(job: Job, kept: Any = None, checked: bool = False) -> None:
     """Nothing: op.py's checks are needed."""
 
 

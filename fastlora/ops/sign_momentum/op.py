@@ -209,6 +209,7 @@ def _run(
     if table is None:
         dtype = _check(job)
         module = _backend.select(name, BACKENDS, job.momenta[0].device, dtype, backend)
+        table = module.read(job, None, checked=True)
     cache.module, cache.table = module, table
     return module.update(job, table)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,13 @@ from fastlora.ops.sign_momentum.contract import Job, compute_dtype, keys
 from fastlora.ops.sign_momentum.eight_bit import EightBit
 
 
+def read(job: Job, kept: Any = None, checked: bool = False) -> None:
+    """Nothing, as in eager.py."""
+
+
 @torch.no_grad()
-def update(job: Job) -> list[bool]:
-    """As the backends do; returns which gradients were not finite (with shrink)."""
+def update(job: Job, table: Any = None) -> Tensor | None:
+    """As in eager.py."""
     lost = []
     for i, momentum in enumerate(job.momenta):
         param = None if job.params is None else job.params[i]
@@ -65,7 +71,7 @@ def update(job: Job) -> list[bool]:
                 momentum.set_(new)
             else:
                 momentum.copy_(new)
-    return lost
+    return None if job.shrink is None else torch.tensor(lost, dtype=torch.bool)
 
 
 def round_stochastically(values: Tensor, seed: int, index: int) -> Tensor:

@@ -1,0 +1,246 @@
+"""Times one step of Lion over many tensors against lion-pytorch and torch's fused AdamW.
+
+    python -m bench.sign_momentum [--case small|seven|large ...] [--threads 2] [--rounds 15]
+                                  [--json FILE]
+
+Cases: ``small``, 240 LoRA tensors of SmolLM2-135M's size (r = 16, 2.2M parameters); ``seven``, the
+448 of a 7B llama (r = 16, 40M); ``large``, four matrices of 4M. Ways, interleaved in one process,
+each round in another order:
+
+    native, native bf16     ops.sign_momentum; fp32 throughout, bf16 throughout
+    native 8-bit            fp32 with momentum in 8-bit blocks
+    eager                   the same operation over torch._foreach
+    lion-pytorch            its foreach optimizer's step: the package where it is installed, else
+                            the same calls written from its published rule
+    AdamW fused             torch.optim.AdamW(fused=True).step()
+    copy                    one copy of 10 bytes a parameter: 20 moved, as an fp32 step must
+
+In its turn a way makes five steps: the first finds the caches full of the others' tensors, as after
+a backward pass, the next ones what it left there itself. For both a row has the median in
+microseconds, the fastest and slowest round, and how many times faster ``native`` is, as the median
+of the ratios within each round. Before a case is timed, native, bf16
+and 8-bit must equal the reference to the bit, and native must follow lion-pytorch to 1e-6 of the
+learning rate; where one is off, nothing is reported and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora.ops import EightBit, SignMomentumCache, library, sign_momentum
+from fastlora.ops.backend import cpu_vendor
+from fastlora.ops.sign_momentum import op, reference
+
+LR, BETAS, DECAY = 1e-4, (0.9, 0.99), 0.1
+REPEATED = 4  # steps after the first of a turn
+
+
+def _pairs(*layers: tuple[int, int]) -> list[tuple[int, int]]:
+    """LoRA's A and B of rank 16 for layers (inputs, outputs)."""
+    return [shape for k, n in layers for shape in ((16, k), (n, 16))]
+
+
+_LLAMA = ((4096, 4096),) * 4 + ((4096, 11008),) * 2 + ((11008, 4096),)
+CASES = {
+    "small": _pairs((576, 576)) * 120,
+    "seven": _pairs(*_LLAMA) * 32,
+    "large": [(2048, 2048)] * 4,
+}
+
+
+class _Foreach:
+    """lion-pytorch's rule (lerp, sign, lerp) by the calls its foreach optimizer makes."""
+
+    def __init__(self, params: list[Tensor]) -> None:
+        self.params = params
+        self.momenta = [torch.zeros_like(param) for param in params]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        grads = [param.grad for param in self.params]
+        torch._foreach_mul_(self.params, 1 - LR * DECAY)
+        updates = [momentum.clone() for momentum in self.momenta]
+        torch._foreach_lerp_(updates, grads, 1 - BETAS[0])
+        torch._foreach_sign_(updates)
+        torch._foreach_add_(self.params, updates, alpha=-LR)
+        torch._foreach_lerp_(self.momenta, grads, 1 - BETAS[1])
+
+
+def lion_pytorch(params: list[Tensor]) -> tuple[Any, str]:
+    """The optimizer, and what it is."""
+    try:
+        from lion_pytorch.foreach import Lion
+    except ImportError:
+        return _Foreach(params), "its rule"
+    return Lion(params, lr=LR, betas=BETAS, weight_decay=DECAY), "the package"
+
+
+class Ours:
+    """A list that ``sign_momentum`` updates."""
+
+    def __init__(self, shapes: list[tuple[int, int]], dtype: torch.dtype, kind: str, way: str):
+        self.params = parameters(shapes, dtype)
+        zeros = [torch.zeros_like(param) for param in self.params]
+        self.momenta: list[Any] = zeros
+        if kind == "8-bit":
+            self.momenta = [EightBit.zeros_like(param) for param in self.params]
+        self.way, self.cache = way, SignMomentumCache()
+
+    def step(self) -> None:
+        grads = [param.grad for param in self.params]
+        sign_momentum(
+            self.params, grads, self.momenta, lr=LR, betas=BETAS, weight_decay=DECAY,
+            cache=self.cache, backend=self.way,
+        )  # fmt: skip
+
+    def bytes(self) -> list[bytes]:
+        """What it holds, to be compared to the bit."""
+        parts = [t for m in self.momenta for t in _parts(m)] + [p.detach() for p in self.params]
+        return [part.flatten().view(torch.uint8).numpy().tobytes() for part in parts]
+
+
+def _parts(momentum: Any) -> list[Tensor]:
+    return [momentum.codes, momentum.scales] if isinstance(momentum, EightBit) else [momentum]
+
+
+def parameters(shapes: list[tuple[int, int]], dtype: torch.dtype) -> list[Tensor]:
+    """The same ones at every call, with their gradients."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for shape in shapes:
+        param = torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+        param.grad = torch.randn(shape, generator=generator).to(dtype)
+        made.append(param)
+    return made
+
+
+OURS = {
+    "native": (torch.float32, "", "native"),
+    "native bf16": (torch.bfloat16, "", "native"),
+    "native 8-bit": (torch.float32, "8-bit", "native"),
+    "eager": (torch.float32, "", "eager"),
+}
+
+
+def check(shapes: list[tuple[int, int]]) -> list[str]:
+    """What is wrong, as sentences."""
+    wrong = []
+    select = op._backend.select
+    for name, how in OURS.items():
+        own, plain = Ours(shapes, *how), Ours(shapes, *how)
+        for _ in range(2):
+            own.step()
+            op._backend.select = lambda *_: reference
+            try:
+                plain.step()
+            finally:
+                op._backend.select = select
+        if own.bytes() != plain.bytes():
+            wrong.append(f"{name} is not the reference to the bit")
+        if name == "native":
+            theirs = parameters(shapes, torch.float32)
+            rival = lion_pytorch(theirs)[0]
+            for _ in range(2):
+                rival.step()
+            worst = max(
+                float((a.detach() - b.detach()).abs().max() / b.detach().abs().max())
+                for a, b in zip(own.params, theirs, strict=True)
+            )
+            if not worst <= 1e-6:
+                wrong.append(f"native is {worst:.1e} away from lion-pytorch")
+    return wrong
+
+
+def ways(shapes: list[tuple[int, int]]) -> tuple[dict[str, Callable[[], object]], str]:
+    """A step of each way, on tensors of its own; and what lion-pytorch is."""
+    calls: dict[str, Callable[[], object]] = {}
+    for name, how in OURS.items():
+        calls[name] = Ours(shapes, *how).step
+    rival, what = lion_pytorch(parameters(shapes, torch.float32))
+    calls["lion-pytorch"] = rival.step
+    adam = torch.optim.AdamW(
+        parameters(shapes, torch.float32), lr=LR, weight_decay=DECAY, fused=True
+    )
+    calls["AdamW fused"] = adam.step
+    count = sum(a * b for a, b in shapes)
+    source, target = torch.ones(10 * count, dtype=torch.uint8), torch.ones(10 * count).byte()
+    calls["copy"] = lambda: target.copy_(source)
+    return calls, what
+
+
+def _rounded(times: dict[str, list[float]]) -> dict[str, list[float]]:
+    return {name: [round(one, 1) for one in own] for name, own in times.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Checks, times, prints; the exit status is 1 where a check fails."""
+    parser = argparse.ArgumentParser(prog="python -m bench.sign_momentum", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    args = parser.parse_args(argv)
+    if reason := library.missing():
+        print(reason, file=sys.stderr)
+        return 1
+    torch.set_num_threads(args.threads)
+    what = lion_pytorch(parameters([(1, 1)], torch.float32))[1]
+    conditions = (
+        f"cpu ({cpu_vendor()}), {args.threads} threads, torch {torch.__version__}, lion-pytorch: "
+        f"{what}, median of {args.rounds}, µs a step"
+    )
+    print(conditions)
+    print(f"{'case':<6} {'way':<13} {'first step':>24} {'times':>7} {'next ones':>24} {'times':>7}")
+    figures = {}
+    for case in args.case:
+        shapes = CASES[case]
+        if wrong := check(shapes):
+            print(f"{case}: {'; '.join(wrong)}: nothing is reported", file=sys.stderr)
+            return 1
+        calls, _ = ways(shapes)
+        first: dict[str, list[float]] = {name: [] for name in calls}
+        next_: dict[str, list[float]] = {name: [] for name in calls}
+        for number in range(args.rounds + 1):
+            for name in random.Random(number).sample(list(calls), len(calls)):
+                started = time.perf_counter()
+                calls[name]()
+                between = time.perf_counter()
+                for _ in range(REPEATED):
+                    calls[name]()
+                if number:
+                    first[name].append((between - started) * 1e6)
+                    next_[name].append((time.perf_counter() - between) * 1e6 / REPEATED)
+        for name in calls:
+            cells = []
+            for times in (first, next_):
+                own = times[name]
+                ratio = statistics.median(a / b for a, b in zip(own, times["native"], strict=True))
+                cell = f"{statistics.median(own):.0f} ({min(own):.0f}–{max(own):.0f})"
+                cells.append(f"{cell:>24} {ratio:>7.2f}")
+            print(f"{case:<6} {name:<13} {' '.join(cells)}", flush=True)
+        figures[case] = {
+            "tensors": len(shapes),
+            "parameters": sum(a * b for a, b in shapes),
+            "µs of the first step": _rounded(first),
+            "µs of the next ones": _rounded(next_),
+        }
+    if args.json:
+        text = json.dumps({"conditions": conditions, "cases": figures}, ensure_ascii=False)
+        Path(args.json).write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
