@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import math
 
 import pytest
 import torch
@@ -425,3 +426,14 @@ def test_an_interruption_between_the_modules_too():
     model.__class__ = Stubborn
     refused(model, None, KeyboardInterrupt)
     assert model[4] is layer and type(model[2]) is nn.Linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_what_is_finite(dtype):
+    """Also where squares leave the range."""
+    largest = torch.full((3, 40), torch.finfo(dtype).max, dtype=dtype)
+    assert starts._is_finite(largest)
+    for value in (math.inf, -math.inf, math.nan):
+        spoilt = torch.ones(3, 40, dtype=dtype)
+        spoilt[1, 17] = value
+        assert not starts._is_finite(spoilt)
