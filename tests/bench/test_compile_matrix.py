@@ -23,6 +23,12 @@ if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").
     pytest.skip("this triton brings no CUDA tools", allow_module_level=True)
 
 
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    """main() switches it off for its process, which here runs other tests too."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
 def run(*arguments):
     # the interpreter's variable is set by these tests' own process, and must not matter there
     environment = os.environ | {"TRITON_INTERPRET": "1"}

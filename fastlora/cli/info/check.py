@@ -16,6 +16,7 @@ from fastlora.ops.adapter_linear import adapter_linear
 from fastlora.ops.adapter_linear.reference import adapter_linear_reference
 from fastlora.ops.backend import Situation
 from fastlora.ops.explain import OPERATIONS
+from fastlora.ops.sign_momentum import sign_momentum
 from fastlora.ops.weight_norm import weight_norm
 from fastlora.ops.weight_norm.reference import weight_norm_reference
 
@@ -156,6 +157,22 @@ def _weight_norm(at: Situation, backend: str) -> Errors:
     return errors
 
 
+def _sign_momentum(at: Situation, backend: str) -> Errors:
+    # the formula in float64 is as short as a call, and a sign near zero may be either
+    lr, weight_decay, betas = 0.25, 0.5, (0.9, 0.99)
+    generator = torch.Generator().manual_seed(0)
+    theta, g, m = (
+        torch.randn(160, 176, generator=generator).to(at.dtype).to(at.device) for _ in range(3)
+    )
+    m = m.float()
+    exact_m = betas[1] * m.double() + (1 - betas[1]) * g.double()
+    mixed = betas[0] * m.double() + (1 - betas[0]) * g.double()
+    exact = theta.double() - lr * (mixed.sign() + weight_decay * theta.double())
+    sign_momentum([theta], [g], [m], lr=lr, betas=betas, weight_decay=weight_decay, backend=backend)
+    clear = mixed.abs() > 1e-5
+    return {"theta": _relative(theta[clear], exact[clear]), "momentum": _relative(m, exact_m)}
+
+
 def _step(
     function: Callable[..., Tensor], operands: dict[str, Tensor], dy: Tensor
 ) -> dict[str, Tensor]:
@@ -178,4 +195,5 @@ STEPS: dict[str, Callable[[Situation, str], Errors]] = {
     "adapter_linear": _adapter_linear,
     "adapter_group": _adapter_group,
     "weight_norm": _weight_norm,
+    "sign_momentum": _sign_momentum,
 }
