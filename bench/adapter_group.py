@@ -37,6 +37,7 @@ from torch import Tensor
 
 from bench import device as here
 from bench.measure import as_calls, take_turns
+from bench.throughput.operations.linears import Frozen
 from fastlora.ops import Member, adapter_group, adapter_linear
 from fastlora.ops.adapter_group.contract import BACKENDS
 from fastlora.ops.adapter_group.reference import adapter_group_reference
@@ -102,25 +103,11 @@ def alone(x: Tensor, member: Member, backend: str) -> Tensor:
     return adapter_linear(x, weight, lora_A, lora_B, scaling, **vectors, backend=backend)
 
 
-class _Frozen(torch.autograd.Function):
-    """A frozen linear layer whose products oneDNN makes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return onednn.linear(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        (weight,) = ctx.saved_tensors
-        return onednn.linear(dy, weight.t()), None
-
-
 def ways(step: Step, backend: str) -> dict[str, Callable[[], None]]:
     """What is timed, by name."""
     x, members, dys = step
     by_onednn = backend == "onednn" or (backend == "native" and multiplies_with_onednn())
-    frozen = _Frozen.apply if by_onednn else torch.nn.functional.linear
+    frozen = Frozen.apply if by_onednn else torch.nn.functional.linear
     linear = onednn.linear if by_onednn else eager.aten_linear
     leaves = step.leaves()
 

@@ -20,7 +20,7 @@ import torch
 
 from bench.measure import whole
 from fastlora.cli.facts import devices, versions
-from fastlora.ops.backend import Situation, needs_onednn
+from fastlora.ops.backend import Situation, cpu_facts, needs_onednn
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def name(device: str) -> str:
     """The device as it calls itself, for a processor with what tells its generation."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    facts = _cpu_facts()
+    facts = cpu_facts()
     own = str(devices()[0]["name"])
     if "cpu family" in facts:
         own += f", family {facts['cpu family']} model {facts.get('model')}"
@@ -111,7 +111,7 @@ def folder_name(device: str) -> str:
     """The name of the device's folder under bench/results."""
     if torch.device(device).type == "cuda":
         return _slug(torch.cuda.get_device_name(device))
-    generation = _zen(_cpu_facts())
+    generation = _zen(cpu_facts())
     own = f"{devices()[0]['name']} {generation}" if generation else str(devices()[0]["name"])
     threads = torch.get_num_threads()
     return _slug(f"{own} {threads} thread{'s' if threads > 1 else ''}")
@@ -160,15 +160,6 @@ def _nvidia(fields: str) -> str | None:
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _cpu_facts() -> dict[str, str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return {}
-    pairs = (line.split(":", 1) for line in lines if ":" in line)
-    return {key.strip(): value.strip() for key, value in pairs}
 
 
 def _zen(facts: dict[str, str]) -> str:

@@ -1,7 +1,7 @@
 """Counts every load and store of Triton kernels while the interpreter runs them.
 
 Inside ``counted()`` the interpreter's builder and launcher are wrapped; outside, nothing is left
-of that. A masked-out element counts nothing. Works with the interpreters of Triton 3.6 and 3.7.
+of that. A masked-out element counts nothing. Run with the interpreter of Triton 3.7.
 """
 
 from __future__ import annotations

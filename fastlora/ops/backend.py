@@ -329,15 +329,26 @@ def table(op: str, backends: tuple[Backend, ...], at: Situation) -> list[tuple[s
 
 
 @functools.cache
-def cpu_vendor() -> str:
-    """'GenuineIntel', 'AuthenticAMD', … as the processor names itself, or '' where unknown."""
+def cpu_facts() -> dict[str, str]:
+    """What Linux tells of the first processor, by its names; nothing elsewhere."""
+    facts: dict[str, str] = {}
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
             for line in lines:
-                if line.startswith("vendor_id"):
-                    return line.split(":", 1)[1].strip()
+                key, colon, value = line.partition(":")
+                if not line.strip():
+                    break  # the other processors are the same
+                if colon:
+                    facts[key.strip()] = value.strip()
     except OSError:
         pass
+    return facts
+
+
+def cpu_vendor() -> str:
+    """'GenuineIntel', 'AuthenticAMD', … as the processor names itself, or '' where unknown."""
+    if vendor := cpu_facts().get("vendor_id"):
+        return vendor
     identifier = platform.processor()  # on Windows: "... GenuineIntel"
     return identifier.rsplit(" ", 1)[-1] if identifier else ""
 
@@ -350,17 +361,7 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
-    facts = {}
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                key, colon, value = line.partition(":")
-                if not line.strip():
-                    break  # the other processors are the same
-                if colon:
-                    facts[key.strip()] = value.strip()
-    except OSError:
-        pass
+    facts = cpu_facts()
     name = facts.get("model name") or platform.processor() or platform.machine()
     told = [key for key in ("cpu family", "model") if key in facts]
     generation = ", ".join(f"{key.removeprefix('cpu ')} {facts[key]}" for key in told)

@@ -26,7 +26,7 @@ def test_facts_of_this_machine():
 def test_an_epyc_is_known_by_family_and_model(monkeypatch):
     def folder(family, model, vendor="AuthenticAMD"):
         facts = {"vendor_id": vendor, "cpu family": str(family), "model": str(model)}
-        monkeypatch.setattr(here, "_cpu_facts", lambda: facts)
+        monkeypatch.setattr(here, "cpu_facts", lambda: facts)
         monkeypatch.setattr(here, "devices", lambda: [{"name": "AMD EPYC"}])
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
         return here.folder_name("cpu")

@@ -187,7 +187,7 @@ def plain_layer(
     return linear(x, weight) + linear(linear(inner, lora_A), lora_B) * SCALING
 
 
-class _Frozen(torch.autograd.Function):
+class Frozen(torch.autograd.Function):
     """A frozen linear layer whose products oneDNN makes."""
 
     @staticmethod
@@ -205,7 +205,7 @@ def baselines(cell: Cell, layer: Callable[..., Tensor] = plain_layer) -> list[Pr
     """The frozen layers, the merged ones, the formula in plain PyTorch and that compiled."""
     found = [Provider("bare", partial(_bare, frozen=linear), computes="bare")]
     if cell.device == "cpu" and cell.dtype == "float32" and multiplies_with_onednn():
-        found.append(Provider("bare-onednn", partial(_bare, frozen=_Frozen.apply), "bare"))
+        found.append(Provider("bare-onednn", partial(_bare, frozen=Frozen.apply), "bare"))
     if not cell.dropout:
         found.append(Provider("merged", _merged, computes="merged"))
     return [

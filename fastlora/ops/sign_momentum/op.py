@@ -54,7 +54,8 @@ def sign_momentum(
     With u = sign(a·m + b·g) of the old momentum m, m ← c·m + d·g and θ ← θ − η(u + λθ):
     ``betas`` (β₁, β₂) give Lion (arXiv 2302.06675), equal betas Tiger (kexue 9512), whose u is the
     sign of the new m. The order of roundings is in ``contract``: results are the same to the bit in
-    every backend and with any number of threads.
+    every backend and with any number of threads (with ``relative``, but for the order in which a
+    backend adds up an RMS in float64).
 
     Args:
         params: floating tensors, each float32, bfloat16, float16 or float64 (eager only), with any
