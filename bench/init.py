@@ -9,10 +9,9 @@ one process, each round in the other order; a figure is the median with the fast
 round. Copying the model is not timed. --whole adds ours without iteration, "pissa".
 
 Before anything is timed, ours is checked on every layer: W_res + sBA is the weight to 1e-6 of its
-largest entry, ‖W_res‖_F is no more than peft's by 0.1 % on any layer and no more than peft's over
-all of them (both iterations start at random, so either may be ahead on a layer), and the logits are
-the model's to 1e-4 of the largest. Where one is not, nothing is timed and the exit status is 1; it
-is 1 too where ours is not three times as fast.
+largest entry, ‖W_res‖_F is no more than peft's on any layer, and the logits are the model's to 1e-4
+of the largest. Where one is not, nothing is timed and the exit status is 1; it is 1 too where ours
+is not three times as fast.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from fastlora.cli.demo.model import find, load
 from fastlora.ops.backend import cpu_vendor
 
 GOAL = 3.0
-EXACT, LOGITS, LAYER = 1e-6, 1e-4, 1e-3
+EXACT, LOGITS = 1e-6, 1e-4
 
 
 def ours(model: Any, rank: int, init: str) -> Any:
@@ -71,7 +70,7 @@ def check(base: Any, mine: Any, other: Any) -> list[str]:
         if not off <= EXACT:
             wrong.append(f"{layer.name}: W_res + sBA is off by {off:.1e}")
         residuals = [float(torch.linalg.matrix_norm(o.weight)) for o in (layer, rivals[layer.name])]
-        if not residuals[0] <= residuals[1] * (1 + LAYER):
+        if not residuals[0] <= residuals[1]:
             wrong.append(f"{layer.name}: ‖W_res‖ is {residuals[0]:.6f}, peft's {residuals[1]:.6f}")
         nearer += residuals[0] <= residuals[1]
         left, right = left + residuals[0] ** 2, right + residuals[1] ** 2
