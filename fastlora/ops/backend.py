@@ -132,6 +132,8 @@ def mkl_is_as_fast(at: Situation) -> str | None:
         return "PyTorch's own products are well tuned on this processor"
     if cpu_vendor() == "GenuineIntel":
         return "MKL, which PyTorch uses for float32, is well tuned on Intel processors"
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return "without AVX-512, PyTorch's MKL is as fast as oneDNN (python -m bench.cpu_products)"
     return None
 
 

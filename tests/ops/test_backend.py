@@ -38,10 +38,16 @@ def test_argument_over_context_over_environment(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "vendor, expected", [("GenuineIntel", "eager"), ("AuthenticAMD", "onednn")]
+    "vendor, capability, expected",
+    [
+        ("GenuineIntel", "AVX512", "eager"),
+        ("AuthenticAMD", "AVX512", "onednn"),
+        ("AuthenticAMD", "AVX2", "eager"),
+    ],
 )
-def test_onednn_is_automatic_where_mkl_is_slow(monkeypatch, vendor, expected):
+def test_onednn_is_automatic_where_mkl_is_slow(monkeypatch, vendor, capability, expected):
     monkeypatch.setattr(b, "cpu_vendor", lambda: vendor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(b.library, "missing", lambda: "there is no native core")
     monkeypatch.setattr(b.platform, "machine", lambda: "x86_64")
     assert chosen() == expected
