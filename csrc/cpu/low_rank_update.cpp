@@ -1,4 +1,5 @@
-// Threads share columns: each brings the columns of b that it needs into the order it reads them in.
+// Threads share columns: each brings the columns of b that it needs into the order it reads them in,
+// a panel at a time that stays in the inner cache, and goes along the rows of out.
 #include "low_rank_update.hpp"
 
 #include "parallel.hpp"
@@ -8,10 +9,11 @@ namespace fastlora::FASTLORA_ISA {
 
 namespace {
 
-constexpr int ROWS = 4;
+constexpr int ROWS = LANES == 16 ? 4 : 6;
 constexpr int VECTORS = LANES == 16 ? 4 : 2;  // ROWS x VECTORS sums fill the registers
 constexpr int STRIP = VECTORS * LANES;
-constexpr int AHEAD = 2 * ROWS;  // rows: pieces of a strip's width are too short to be foreseen
+constexpr int PANEL = 4096;      // elements of b
+constexpr int AHEAD = 2 * ROWS;  // rows: a panel's pieces of them are too short to be foreseen
 
 // COUNT rows from `row` on, of the STRIP columns from `column` on; b [r, STRIP].
 template <int COUNT>
@@ -47,10 +49,14 @@ void block(const LowRankUpdate& call, std::int64_t row, std::int64_t column, con
     }
 }
 
-void strip(const LowRankUpdate& call, std::int64_t column, const float* b) {
-    std::int64_t row = 0;
-    for (; row + ROWS <= call.rows; row += ROWS) block<ROWS>(call, row, column, b);
-    for (; row < call.rows; ++row) block<1>(call, row, column, b);
+// For as many rows as there are, at most COUNT.
+template <int COUNT>
+void rows(const LowRankUpdate& call, std::int64_t row, std::int64_t column, const float* b) {
+    if (call.rows - row >= COUNT) {
+        block<COUNT>(call, row, column, b);
+    } else if constexpr (COUNT > 1) {
+        rows<COUNT - 1>(call, row, column, b);
+    }
 }
 
 // Fewer columns than a strip has.
@@ -67,24 +73,33 @@ void rest(const LowRankUpdate& call, std::int64_t column, std::int64_t width, co
     }
 }
 
+// b's columns of a strip as [r, STRIP].
+void fill(const LowRankUpdate& call, std::int64_t column, int width, float* b) {
+    for (std::int64_t rank = 0; rank < call.r; ++rank) {
+        const float* from = call.b + rank * call.b_row + column * call.b_column;
+        for (int j = 0; j < width; ++j) b[rank * STRIP + j] = from[j * call.b_column];
+    }
+}
+
 }  // namespace
 
 void low_rank_update(const LowRankUpdate& call, int threads) {
+    const std::int64_t size = call.r * STRIP;  // of b for a strip
+    const std::int64_t strips = size > 0 && PANEL > size ? PANEL / size : 1;
     parallel_for(call.columns, STRIP, threads, [&](std::int64_t first, std::int64_t last) {
-        Buffer<float> b(call.r * STRIP);
-        for (std::int64_t column = first; column < last; column += STRIP) {
-            const std::int64_t width = last - column < STRIP ? last - column : STRIP;
-            for (std::int64_t rank = 0; rank < call.r; ++rank) {
-                const float* from = call.b + rank * call.b_row + column * call.b_column;
-                for (std::int64_t j = 0; j < width; ++j) {
-                    b[rank * STRIP + j] = from[j * call.b_column];
+        Buffer<float> b(strips * size);
+        for (std::int64_t left = first; left < last; left += strips * STRIP) {
+            const std::int64_t width = least(last - left, strips * STRIP);
+            const std::int64_t full = width - width % STRIP;
+            for (std::int64_t j = 0; j < width; j += STRIP) {
+                fill(call, left + j, least(width - j, STRIP), b + j * call.r);
+            }
+            for (std::int64_t row = 0; row < call.rows; row += ROWS) {
+                for (std::int64_t j = 0; j < full; j += STRIP) {
+                    rows<ROWS>(call, row, left + j, b + j * call.r);
                 }
             }
-            if (width == STRIP) {
-                strip(call, column, b + 0);
-            } else {
-                rest(call, column, width, b + 0);
-            }
+            if (full < width) rest(call, left + full, width - full, b + full * call.r);
         }
     });
 }

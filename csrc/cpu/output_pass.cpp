@@ -11,9 +11,9 @@ namespace fastlora::FASTLORA_ISA {
 
 namespace {
 
-constexpr int VECTORS = 6;  // many, because a strip loads and stores all of h once
-constexpr int STRIP = VECTORS * LANES;  // columns of a block
-constexpr int HEIGHT = 64;             // and rows
+constexpr int STRIP = LANES == 4 ? 48 : 96;  // columns: many, a strip loads and stores all of h
+constexpr int HEIGHT = 64;                   // and rows of a block
+constexpr int VECTORS = 6;                   // summed up at a time
 
 // A block of dY and of what is read beside it, from column `first` on. `width` columns of it are
 // the matrix's; a narrower block than STRIP is a copy with zeros beyond them.
@@ -142,18 +142,22 @@ private:
 
     // dots += Σ_rows dY ∘ (read − bias), squares += Σ_rows (read − bias)².
     static void sum_up(const Block& block, const float* bias, double* dots, double* squares) {
-        Floats dot[VECTORS] = {}, square[VECTORS] = {};
-        for (int m = 0; m < block.height; ++m) {
-            for (int v = 0; v < VECTORS; ++v) {
-                const Floats z = load(block.read + m * block.read_stride + v * LANES) -
-                                 load(bias + v * LANES);
-                dot[v] += load(block.dy + m * block.dy_stride + v * LANES) * z;
-                square[v] += z * z;
+        for (int j = 0; j < STRIP; j += VECTORS * LANES) {
+            Floats dot[VECTORS] = {}, square[VECTORS] = {};
+            for (int m = 0; m < block.height; ++m) {
+                const float* dy = block.dy + m * block.dy_stride + j;
+                const float* read = block.read + m * block.read_stride + j;
+                for (int v = 0; v < VECTORS; ++v) {
+                    const Floats z = load(read + v * LANES) - load(bias + j + v * LANES);
+                    dot[v] += load(dy + v * LANES) * z;
+                    square[v] += z * z;
+                }
             }
-        }
-        for (int v = 0; v < VECTORS; ++v) {
-            store(dots + v * LANES, load(dots + v * LANES) + widen(dot[v]));
-            store(squares + v * LANES, load(squares + v * LANES) + widen(square[v]));
+            for (int v = 0; v < VECTORS; ++v) {
+                double *to = dots + j + v * LANES, *also = squares + j + v * LANES;
+                store(to, load(to) + widen(dot[v]));
+                store(also, load(also) + widen(square[v]));
+            }
         }
     }
 

@@ -6,7 +6,9 @@
 namespace fastlora::FASTLORA_ISA {
 namespace {
 
-constexpr int ROWS = LANES == 16 ? 8 : 4;  // at a time: ROWS x 2 sums fill the registers
+// At a time: ROWS x 2 sums, or fewer rows and as many in all, so many that the latency of a
+// multiplication is hidden and few enough for the registers.
+constexpr int ROWS = LANES == 16 ? 8 : 6;
 constexpr int LINE = 16;                   // floats that come from memory together
 
 // A matrix of which vectors are loaded: rows `stride` apart, `width` of their elements used.
@@ -41,28 +43,37 @@ void multiply(const float* const* w, const Right& a, std::int64_t column, std::i
     }
 }
 
-template <int COUNT>
-void multiply_all(const float* const* w, const Right& a, std::int64_t length, std::int64_t ahead,
-                  double* sums) {
-    std::int64_t column = 0;
-    for (; column + 2 * LANES <= a.width; column += 2 * LANES) {
-        multiply<COUNT, 2>(w, a, column, length, ahead, sums);
+template <int COUNT, int VECTORS>
+void multiply_columns(const float* const* w, const Right& a, std::int64_t column,
+                      std::int64_t length, std::int64_t ahead, double* sums) {
+    for (; column + VECTORS * LANES <= a.width; column += VECTORS * LANES) {
+        multiply<COUNT, VECTORS>(w, a, column, length, ahead, sums);
     }
-    if (column < a.width) multiply<COUNT, 1>(w, a, column, length, ahead, sums);
+    if constexpr (VECTORS > 1) {
+        multiply_columns<COUNT, VECTORS - 1>(w, a, column, length, ahead, sums);
+    }
+}
+
+// sums [rows, a.width] += w [rows, length] a [length, a.width], for rows <= COUNT.
+template <int COUNT>
+void multiply_rows(const float* w, std::int64_t stride, std::int64_t rows, const Right& a,
+                   std::int64_t length, double* sums) {
+    if (rows == COUNT) {
+        const float* some[COUNT];
+        for (int c = 0; c < COUNT; ++c) some[c] = w + c * stride;
+        multiply_columns<COUNT, (3 * COUNT <= 2 * ROWS ? 3 : 2)>(some, a, 0, length, ROWS * stride,
+                                                                 sums);
+    } else if constexpr (COUNT > 1) {
+        multiply_rows<COUNT - 1>(w, stride, rows, a, length, sums);
+    }
 }
 
 // sums [rows, a.width] += w [rows, length] a [length, a.width].
 void add_product(const float* w, std::int64_t stride, std::int64_t rows, const Right& a,
                  std::int64_t length, double* sums) {
-    const float* some[ROWS];
-    std::int64_t i = 0;
-    for (; i + ROWS <= rows; i += ROWS) {
-        for (int c = 0; c < ROWS; ++c) some[c] = w + (i + c) * stride;
-        multiply_all<ROWS>(some, a, length, ROWS * stride, sums + i * a.width);
-    }
-    for (; i < rows; ++i) {
-        some[0] = w + i * stride;
-        multiply_all<1>(some, a, length, stride, sums + i * a.width);
+    for (std::int64_t i = 0; i < rows; i += ROWS) {
+        multiply_rows<ROWS>(w + i * stride, stride, rows - i < ROWS ? rows - i : ROWS, a, length,
+                            sums + i * a.width);
     }
 }
 
