@@ -56,12 +56,14 @@ class Backend:
 
     ``module`` is imported when it is first chosen. ``refuses`` are hard limits: each returns a
     sentence where the call cannot run. ``leaves`` are reasons not to take it automatically.
+    ``where`` says of which calls it is taken, if their sizes decide: the next one has the rest.
     """
 
     name: str
     module: str
     refuses: tuple[Reason, ...] = ()
     leaves: tuple[Reason, ...] = ()
+    where: str = ""
 
     def cannot(self, at: Situation) -> list[str]:
         return [text for reason in self.refuses if (text := reason(at))]
@@ -294,14 +296,17 @@ def check_name(name: str, source: str = "use_backend") -> str:
     return name
 
 
-def table(op: str, backends: tuple[Backend, ...], at: Situation) -> list[tuple[str, bool, str]]:
-    """Rows (backend, would be taken now, sentence), in order of preference."""
-    name, source = _asked_for()
+def table(
+    op: str, backends: tuple[Backend, ...], at: Situation, only_by_argument: bool = False
+) -> list[tuple[str, bool, str]]:
+    """Rows (backend, would be taken now, sentence), in order of preference. ``only_by_argument``:
+    neither ``use_backend`` nor the environment chooses for this operation."""
+    name, source = (None, "") if only_by_argument else _asked_for()
     if name is not None:
         check_name(name, source)
     rows: list[tuple[str, bool, str]] = []
-    taken = False
-    measured = None if name is not None else _measured(op, backends, at)
+    taken, rest = False, False
+    measured = None if name is not None or only_by_argument else _measured(op, backends, at)
     for backend in backends:
         if backend.name == name and not backend.cannot(at):
             rows.append((name, True, f"can run, and is taken: asked for by {source}"))
@@ -321,9 +326,14 @@ def table(op: str, backends: tuple[Backend, ...], at: Situation) -> list[tuple[s
             rows.append((backend.name, backend is measured, sentence))
         elif reasons := backend.rather_not(at):
             rows.append((backend.name, False, "on request only: " + "; ".join(reasons)))
+        elif rest:
+            rows.append((backend.name, False, "can run, and has the rest"))
+            rest = False
         else:
-            rows.append((backend.name, not taken, "can run" if taken else "can run, and is taken"))
-            taken = True
+            where = f" {backend.where}" if backend.where else ""
+            sentence = "can run" if taken else f"can run, and is taken{where}"
+            rows.append((backend.name, not taken, sentence))
+            taken, rest = True, bool(where) and not taken
     return rows
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,14 +12,46 @@ from torch import Tensor
 from fastlora.ops.adapter_group.contract import BACKENDS as ADAPTER_GROUP
 from fastlora.ops.adapter_linear.op import BACKENDS as ADAPTER_LINEAR
 from fastlora.ops.backend import Backend, Situation, table
+from fastlora.ops.low_rank_svd.contract import BACKENDS as SVD_LOWRANK
+from fastlora.ops.low_rank_svd.contract import result_dtype
 from fastlora.ops.sign_momentum.contract import BACKENDS as SIGN_MOMENTUM
+from fastlora.ops.small_solvers.contract import BACKENDS as SMALL_SOLVERS
 from fastlora.ops.weight_norm.contract import BACKENDS as WEIGHT_NORM
 
-OPERATIONS: dict[str, tuple[Backend, ...]] = {
-    "adapter_linear": ADAPTER_LINEAR,
-    "adapter_group": ADAPTER_GROUP,
-    "weight_norm": WEIGHT_NORM,
-    "sign_momentum": SIGN_MOMENTUM,
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation's backends, and what its choice between them depends on.
+
+    ``only_by_argument``: neither ``use_backend`` nor the environment chooses for it. ``computes``:
+    the dtype it computes operands of a dtype in, by which it chooses.
+    """
+
+    backends: tuple[Backend, ...]
+    only_by_argument: bool = False
+    computes: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype
+
+    def table(self, op: str, at: Situation) -> list[tuple[str, bool, str]]:
+        """Rows (backend, would be taken now, sentence), in order of preference."""
+        return table(op, self.backends, self._computing(at), self.only_by_argument)
+
+    def runnable(self, at: Situation) -> list[str]:
+        """Those that can run operands of this device and dtype."""
+        within = self._computing(at)
+        return [backend.name for backend in self.backends if not backend.cannot(within)]
+
+    def _computing(self, at: Situation) -> Situation:
+        return Situation(at.device, self.computes(at.dtype))
+
+
+OPERATIONS: dict[str, Operation] = {
+    "adapter_linear": Operation(ADAPTER_LINEAR),
+    "adapter_group": Operation(ADAPTER_GROUP),
+    "weight_norm": Operation(WEIGHT_NORM),
+    "sign_momentum": Operation(SIGN_MOMENTUM),
+    "svd_lowrank": Operation(SVD_LOWRANK, True, result_dtype),
+    "symmetric_eigen": Operation(SMALL_SOLVERS, True),
+    "small_svd": Operation(SMALL_SOLVERS, True),
 }
 
 
@@ -39,7 +73,7 @@ def explain(op: str, *tensors: Tensor) -> str:
     lines = []
     for at in situations:
         lines.append(f"{op} for {str(at.dtype).removeprefix('torch.')} on {at.device}")
-        for name, taken, sentence in table(op, OPERATIONS[op], at):
+        for name, taken, sentence in OPERATIONS[op].table(op, at):
             lines.append(f"  {'->' if taken else '  '} {name:<8}{sentence}")
     return "\n".join(lines)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import json
 
+import pytest
 import torch
 
 import fastlora
 from fastlora.cli import main
+from fastlora.cli.info import check
 from fastlora.ops import library
 from fastlora.ops.adapter_linear import eager
 
@@ -72,6 +74,24 @@ def test_check_finds_a_wrong_gradient(monkeypatch, capsys):
     assert main(["info", "--check"]) == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
     assert any("float32" in line and "eager" in line and "dlora_A" in line for line in failed)
+
+
+@pytest.mark.parametrize("op", ["svd_lowrank", "symmetric_eigen", "small_svd"])
+def test_check_finds_a_wrong_decomposition(op, monkeypatch, capsys):
+    right = getattr(check, op)
+
+    def off_by_a_hair(*arguments, **options):
+        found = right(*arguments, **options)
+        if op == "svd_lowrank":
+            return found._replace(S=found.S * 1.0001)
+        values = 0 if op == "symmetric_eigen" else 1
+        return tuple(part * 1.0001 if i == values else part for i, part in enumerate(found))
+
+    monkeypatch.setattr(check, op, off_by_a_hair)
+    assert main(["info", "--check", "--json"]) == 1
+    failed = [row for row in json.loads(capsys.readouterr().out)["check"] if not row["ok"]]
+    assert {row["operation"] for row in failed} == {op}
+    assert {"eager"} <= {row["backend"] for row in failed}
 
 
 def test_check_reports_a_backend_that_breaks(monkeypatch, capsys):

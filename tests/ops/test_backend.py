@@ -7,6 +7,7 @@ import torch
 
 import fastlora
 from fastlora.ops import backend as b
+from fastlora.ops import library
 from fastlora.ops.adapter_linear import BACKENDS, eager, onednn
 from tests.ops.adapter_linear.cases import operands
 
@@ -165,6 +166,30 @@ def test_the_table_shows_what_was_asked_for(monkeypatch):
         ValueError, match=r"unknown backend 'auto' \(asked for by FASTLORA_BACKEND\)"
     ):
         fastlora.explain("adapter_linear")
+
+
+@pytest.mark.parametrize("op", ["svd_lowrank", "symmetric_eigen", "small_svd"])
+def test_explain_knows_the_decompositions(op, monkeypatch):
+    """Sizes decide for them, and of the ways to choose by name the argument alone."""
+    monkeypatch.setattr(library, "missing", lambda: None)
+    rows = fastlora.explain(op, torch.ones(1)).splitlines()[1:]
+    assert [row.split()[0] for row in rows] == ["->", "eager"]
+    where = "where q" if op == "svd_lowrank" else "for 1 or more of up to 8 columns"
+    assert f"native  can run, and is taken {where}" in rows[0]
+    assert "has the rest" in rows[1]
+    with fastlora.use_backend("eager"):
+        assert fastlora.explain(op, torch.ones(1)).splitlines()[1:] == rows
+    monkeypatch.setattr(library, "missing", lambda: "there is no core")
+    rows = fastlora.explain(op, torch.ones(1)).splitlines()[1:]
+    assert "cannot: there is no core" in rows[0] and rows[1].split()[:2] == ["->", "eager"]
+
+
+def test_explain_judges_by_the_dtype_that_is_computed_in(monkeypatch):
+    monkeypatch.setattr(library, "missing", lambda: None)
+    half = fastlora.explain("svd_lowrank", torch.ones(1).half()).splitlines()
+    assert half[0] == "svd_lowrank for float16 on cpu" and half[1].split()[:2] == ["->", "native"]
+    wide = fastlora.explain("svd_lowrank", torch.ones(1).double()).splitlines()
+    assert "cannot: it computes in float32, not in float64" in wide[1]
 
 
 def test_explain_names_every_backend_and_the_one_taken():

@@ -33,7 +33,6 @@ def run(arguments: argparse.Namespace) -> int:
 def collect(check: bool = False) -> dict[str, Any]:
     """Everything ``info`` says, as plain data."""
     from fastlora.cli import facts
-    from fastlora.ops.backend import table
     from fastlora.ops.explain import OPERATIONS
 
     rows = [
@@ -46,9 +45,9 @@ def collect(check: bool = False) -> dict[str, Any]:
             "taken": taken,
             "detail": sentence,
         }
-        for op, backends in OPERATIONS.items()
+        for op, operation in OPERATIONS.items()
         for at in facts.situations()
-        for name, taken, sentence in table(op, backends, at)
+        for name, taken, sentence in operation.table(op, at)
     ]
     collected = {
         "versions": facts.versions(),

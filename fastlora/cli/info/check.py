@@ -16,7 +16,10 @@ from fastlora.ops.adapter_linear import adapter_linear
 from fastlora.ops.adapter_linear.reference import adapter_linear_reference
 from fastlora.ops.backend import Situation
 from fastlora.ops.explain import OPERATIONS
+from fastlora.ops.low_rank_svd import svd_lowrank
+from fastlora.ops.low_rank_svd.reference import svd_lowrank_reference
 from fastlora.ops.sign_momentum import sign_momentum
+from fastlora.ops.small_solvers import small_svd, symmetric_eigen
 from fastlora.ops.weight_norm import weight_norm
 from fastlora.ops.weight_norm.reference import weight_norm_reference
 
@@ -30,13 +33,11 @@ Errors = dict[str, float]
 def check_everything() -> list[dict[str, Any]]:
     """A row for every (operation, device, dtype, backend) that can run."""
     rows = []
-    for op, backends in OPERATIONS.items():
+    for op, operation in OPERATIONS.items():
         for device in (at.device for at in situations()):
             for dtype, tolerance in TOLERANCES.items():
                 at = Situation(device, dtype)
-                for backend in backends:
-                    if not backend.cannot(at):
-                        rows.append(_row(op, at, backend.name, tolerance))
+                rows += [_row(op, at, name, tolerance) for name in operation.runnable(at)]
     return rows
 
 
@@ -173,6 +174,47 @@ def _sign_momentum(at: Situation, backend: str) -> Errors:
     return {"theta": _relative(theta[clear], exact[clear]), "momentum": _relative(m, exact_m)}
 
 
+def _svd_lowrank(at: Situation, backend: str) -> Errors:
+    # singular values that halve: four of them are all but exact, and q small enough for 'native'
+    n, k, q = 160, 176, 4
+    generator = torch.Generator().manual_seed(0)
+    u, v = (
+        torch.linalg.qr(torch.randn(m, n, generator=generator, dtype=torch.float64)).Q
+        for m in (n, k)
+    )
+    x = ((u * 0.5 ** torch.arange(n)) @ v.T).to(at.dtype).to(at.device)
+    fixed = torch.Generator().manual_seed(1)
+    got = svd_lowrank(x, q, generator=fixed, backend=backend)
+    exact = svd_lowrank_reference(x.double(), q)
+    return {
+        "singular values": _relative(got.S, exact[1]),
+        "product": _relative(_product(*(t.double() for t in got[:3])), _product(*exact[:3])),
+    }
+
+
+def _symmetric_eigen(at: Situation, backend: str) -> Errors:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(8, 12, 12, generator=generator).to(at.dtype).to(at.device)
+    a = a + a.mT
+    w, v = symmetric_eigen(a, backend=backend)
+    exact = torch.linalg.eigvalsh(a.double())
+    product = _product(v.double(), w.double(), v.double().mT)
+    return {"eigenvalues": _relative(w, exact), "product": _relative(product, a.double())}
+
+
+def _small_svd(at: Situation, backend: str) -> Errors:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(8, 16, 12, generator=generator).to(at.dtype).to(at.device)
+    u, s, vh = small_svd(a, backend=backend)
+    exact = torch.linalg.svdvals(a.double())
+    product = _product(u.double(), s.double(), vh.double())
+    return {"singular values": _relative(s, exact), "product": _relative(product, a.double())}
+
+
+def _product(u: Tensor, s: Tensor, vh: Tensor) -> Tensor:
+    return (u * s.unsqueeze(-2)) @ vh
+
+
 def _step(
     function: Callable[..., Tensor], operands: dict[str, Tensor], dy: Tensor
 ) -> dict[str, Tensor]:
@@ -196,4 +238,7 @@ STEPS: dict[str, Callable[[Situation, str], Errors]] = {
     "adapter_group": _adapter_group,
     "weight_norm": _weight_norm,
     "sign_momentum": _sign_momentum,
+    "svd_lowrank": _svd_lowrank,
+    "symmetric_eigen": _symmetric_eigen,
+    "small_svd": _small_svd,
 }

@@ -17,6 +17,7 @@ BACKENDS = (
         "native",
         "fastlora.ops.low_rank_svd.native",
         refuses=(only_devices("cpu"), only_dtypes(torch.float32), needs_native),
+        where="where q is small beside N and K, unless a matrix is beyond it",
     ),
     Backend("eager", "fastlora.ops.low_rank_svd.eager"),
 )

@@ -25,6 +25,12 @@ def _not_measured(at: Situation) -> str | None:
     return None
 
 
+# (fewest matrices in the stack, largest n) for which the native kernels are the faster, of both
+# operations: a register holds one matrix a lane, and threads share the rest. Measured with
+# ``python -m bench.small_solvers``; README, "Which is faster".
+NATIVE_UP_TO = ((1, 8), (4, 16), (8, 32))
+
+
 # Each module has ``symmetric_eigen`` and ``small_svd``, of stacks [batch, m, n] with m ≥ n.
 BACKENDS = (
     Backend(
@@ -32,14 +38,11 @@ BACKENDS = (
         "fastlora.ops.small_solvers.native",
         refuses=(only_devices("cpu", "cuda"), only_dtypes(*DTYPES), _needs_its_module),
         leaves=(_not_measured,),
+        where="for "
+        + ", ".join(f"{fewest} or more of up to {n} columns" for fewest, n in NATIVE_UP_TO),
     ),
     Backend("eager", "fastlora.ops.small_solvers.eager", refuses=(only_dtypes(*DTYPES),)),
 )
-
-# (fewest matrices in the stack, largest n) for which the native kernels are the faster, of both
-# operations: a register holds one matrix a lane, and threads share the rest. Measured with
-# ``python -m bench.small_solvers``; README, "Which is faster".
-NATIVE_UP_TO = ((1, 8), (4, 16), (8, 32))
 
 
 def is_faster_native(batch: int, n: int) -> bool:
