@@ -1,10 +1,11 @@
-// A matrix a thread. Every panel of its rows is read once for both products, Y = X V and XᵀY, while it
-// is in the cache.
+// A matrix a thread, from a copy in panels. Every panel is read once for both products, Y = X V and
+// XᵀY, while it is in the cache.
 #include "block_lanczos.hpp"
 
 #include <cmath>
 
 #include "dense.hpp"
+#include "packed.hpp"
 #include "panel.hpp"
 #include "parallel.hpp"
 
@@ -19,7 +20,7 @@ constexpr double ORTHONORMAL = 2e-6;  // what the results' Gram matrices may be 
 constexpr double REPAIRED = 0.05;     // and up to where one Cholesky pass repairs them
 constexpr int CHECKING = 2;           // blocks of the check
 constexpr std::int64_t SPREAD = 16;   // values between rows, so that they share no cache set
-constexpr int GRAM_ROWS = 32;
+constexpr int GRAM_ROWS = 64;
 constexpr int WIDEST = 32;            // vectors of a block
 constexpr std::int64_t CHUNK = 256;   // rows at least whose share of XᵀY is summed by itself
 constexpr std::int64_t CHUNKS = 8;    // at most
@@ -44,27 +45,32 @@ double square_sum(const float* values, std::int64_t length) {
     return total;
 }
 
-// g [n, n] = xᵀx of rows x [count, n], in float64, by rows `width` apart. `space`: [GRAM_ROWS, width].
+// g [n, n] = xᵀx of rows x [count, n], in float64, by rows `width` apart. `space`: [width, GRAM_ROWS],
+// in which LANES columns of x lie together.
 void gram_of_columns(Rows x, std::int64_t count, int n, std::int64_t width, double* g,
                      double* space) {
     constexpr int TILE = 4;
     zero(g, up_to(n, TILE) * width);
     for (std::int64_t first = 0; first < count; first += GRAM_ROWS) {
         const int some = least(count - first, GRAM_ROWS);
-        for (int i = 0; i < some; ++i) {
-            const float* row = x[first + i];
-            double* to = space + i * width;
-            for (int j = 0; j < n; ++j) to[j] = row[j];
-            for (std::int64_t j = n; j < width; ++j) to[j] = 0;
+        for (int j = 0; j < n; j += LANES) {
+            double* to = space + j * GRAM_ROWS;
+            const int columns = least(n - j, LANES);
+            for (int i = 0; i < some; ++i, to += LANES) {
+                const float* row = x[first + i] + j;
+                store(to, widen(columns == LANES ? load(row) : load_some(row, columns)));
+            }
         }
         for (int i = 0; i < n; i += TILE) {
-            for (std::int64_t j = i / LANES * LANES; j < width; j += 2 * WIDE) {
+            const int place = i / LANES * LANES;
+            for (std::int64_t j = place; j < n; j += LANES) {
                 Wide acc[TILE][2];
                 for (int t = 0; t < TILE; ++t) {
                     for (int v = 0; v < 2; ++v) acc[t][v] = wide(g + (i + t) * width + j + v * WIDE);
                 }
-                const double *left = space + i, *right = space + j;
-                for (int row = 0; row < some; ++row, left += width, right += width) {
+                const double* left = space + place * GRAM_ROWS + i - place;
+                const double* right = space + j * GRAM_ROWS;
+                for (int row = 0; row < some; ++row, left += LANES, right += LANES) {
                     const Wide one = wide(right), two = wide(right + WIDE);
                     for (int t = 0; t < TILE; ++t) {
                         acc[t][0] += left[t] * one;
@@ -128,12 +134,14 @@ public:
           length_(up_to(call.columns, LANES)),
           stride_(length_ + SPREAD),
           wide_(up_to(call.q, GROUP)),
-          panel_(least(call.columns > 4096 ? 12 : PANEL, PANEL)),
           basis_(most_ * stride_),
           image_(call.rows * width_),
+          packed_(up_to(call.rows, TALL) * call.columns),
           chunks_(chunks(call.rows)),
-          chunk_(up_to((call.rows + chunks_ - 1) / chunks_, panel_)),
-          sums_((threads > 1 ? chunks_ : 1) * block_ * stride_),
+          chunk_(up_to((call.rows + chunks_ - 1) / chunks_, TALL)),
+          turned_(call.columns * block_),
+          total_(call.columns * block_),
+          sums_((threads > 1 ? chunks_ : 1) * call.columns * block_),
           squares_of_(chunks_),
           taken_(most_ * block_),
           gram_(up_to(most_, 4) * width_),
@@ -153,16 +161,15 @@ public:
 
 private:
     Found decompose(std::int64_t index) {
+        read();
+        call_.squares[index] = squares_;
+        const double norm = std::sqrt(squares_);
+        if (!(norm > call_.low && norm < call_.high)) return Found::extremes;
+        std::frexp(squares_, &exponent_);
         if (!begin(0, call_.start)) return Found::nothing;
         for (int block = 0; block < call_.blocks; ++block) {
             const bool last = block + 1 == call_.blocks;
-            multiply(block, !last, block == 0);
-            if (block == 0) {
-                call_.squares[index] = squares_;
-                const double norm = std::sqrt(squares_);
-                if (!(norm > call_.low && norm < call_.high)) return Found::extremes;
-                std::frexp(squares_, &exponent_);
-            }
+            multiply(block, !last);
             if (!last && !extend(block + 1)) return Found::nothing;
         }
         if (!values(static_cast<int>(call_.blocks))) return Found::nothing;
@@ -187,63 +194,87 @@ private:
         return orthonormalise(number);
     }
 
-    // Y of a block, Xᵀ Y into the next where `back`, and ‖X‖² where `square`. Chunks of rows, however
-    // many threads share them, are added up in one order.
-    void multiply(int number, bool back, bool square) {
-        const std::int64_t size = block_ * stride_;
-        float* next = block(number + 1);
+    // Calls body(chunk) for every chunk of rows, whoever of the threads takes it.
+    template <class Body>
+    void each_chunk(const Body& body) const {
+        parallel_for(chunks_, 1, threads_, [&](std::int64_t from, std::int64_t to) {
+            for (std::int64_t chunk = from; chunk < to; ++chunk) body(chunk);
+        });
+    }
+
+    // The copy of X in panels, and ‖X‖².
+    void read() {
+        each_chunk([&](std::int64_t chunk) {
+            const std::int64_t end = least((chunk + 1) * chunk_, call_.rows);
+            squares_of_[chunk] = 0;
+            for (std::int64_t first = chunk * chunk_; first < end; first += TALL) {
+                const int some = least(end - first, TALL);
+                for (int i = 0; i < some; ++i) {
+                    squares_of_[chunk] += square_sum(x_[first + i], call_.columns);
+                }
+                pack(x_[first], x_.stride, some, call_.columns, packed_ + first * call_.columns);
+            }
+        });
+        squares_ = 0;
+        for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) squares_ += squares_of_[chunk];
+    }
+
+    // Y of a block, and Xᵀ Y into the next where `back`. Chunks of rows, however many threads share
+    // them, are added up in one order.
+    void multiply(int number, bool back) {
+        const std::int64_t size = call_.columns * block_;
+        const float* from = block(number);
+        for (int c = 0; c < block_; ++c, from += stride_) {
+            for (std::int64_t k = 0; k < call_.columns; ++k) turned_[k * block_ + c] = from[k];
+        }
         if (threads_ == 1) {
             for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) {
-                multiply(number, chunk, back ? sums_ + 0 : nullptr, square);
-                if (back) gather(next, sums_ + 0, size, chunk);
+                multiply(number, chunk, back ? sums_ + 0 : nullptr);
+                if (back) gather(sums_ + 0, size, chunk);
             }
         } else {
-            parallel_for(chunks_, 1, threads_, [&](std::int64_t from, std::int64_t to) {
-                for (std::int64_t chunk = from; chunk < to; ++chunk) {
-                    multiply(number, chunk, back ? sums_ + chunk * size : nullptr, square);
-                }
+            each_chunk([&](std::int64_t chunk) {
+                multiply(number, chunk, back ? sums_ + chunk * size : nullptr);
             });
             for (std::int64_t chunk = 0; back && chunk < chunks_; ++chunk) {
-                gather(next, sums_ + chunk * size, size, chunk);
+                gather(sums_ + chunk * size, size, chunk);
             }
         }
-        if (square) {
-            squares_ = 0;
-            for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) squares_ += squares_of_[chunk];
+        if (!back) return;
+        float* to = block(number + 1);
+        for (int c = 0; c < block_; ++c, to += stride_) {
+            for (std::int64_t k = 0; k < call_.columns; ++k) to[k] = total_[k * block_ + c];
+            for (std::int64_t k = call_.columns; k < stride_; ++k) to[k] = 0;
         }
     }
 
-    static void gather(float* to, const float* part, std::int64_t size, std::int64_t chunk) {
+    void gather(const float* part, std::int64_t size, std::int64_t chunk) const {
         if (chunk == 0) {
-            std::memcpy(to, part, size * sizeof(float));
+            std::memcpy(total_ + 0, part, size * sizeof(float));
             return;
         }
-        for (std::int64_t i = 0; i < size; i += LANES) store(to + i, load(to + i) + load(part + i));
+        for (std::int64_t i = 0; i < size; ++i) total_[i] += part[i];
     }
 
-    void multiply(int number, std::int64_t chunk, float* sums, bool square) const {
-        const Rows vectors{block(number), stride_};
+    void multiply(int number, std::int64_t chunk, float* sums) const {
         const std::int64_t end = least((chunk + 1) * chunk_, call_.rows);
-        if (sums) {
-            for (std::int64_t i = 0; i < block_ * stride_; ++i) sums[i] = 0;
-        }
-        if (square) squares_of_[chunk] = 0;
-        for (std::int64_t first = chunk * chunk_; first < end; first += panel_) {
-            const int some = least(end - first, panel_);
-            const Rows x = x_.from(first);
-            float* y = image_ + first * width_ + number * block_;
-            for (int group = 0; group < block_; group += GROUP) {
-                along(x, some, vectors.from(group), call_.columns, y + group, width_);
+        if (sums) std::memset(sums, 0, call_.columns * block_ * sizeof(float));
+        for (std::int64_t first = chunk * chunk_; first < end; first += TALL) {
+            const int rows = least(end - first, TALL);
+            const float* x = packed_ + first * call_.columns;
+            alignas(64) float y[WIDEST * TALL], turned[TALL * WIDEST];
+            along_packed(x, call_.columns, turned_ + 0, block_, y);
+            for (int i = 0; i < TALL; ++i) {
+                for (int c = 0; c < block_; ++c) turned[i * block_ + c] = y[c * TALL + i];
             }
-            if (square) {
-                for (int i = 0; i < some; ++i) {
-                    squares_of_[chunk] += square_sum(x[i], call_.columns);
-                }
+            for (int i = 0; i < rows; ++i) {
+                std::memcpy(image_ + (first + i) * width_ + number * block_, turned + i * block_,
+                            block_ * sizeof(float));
             }
-            const std::int64_t ahead = first + panel_ < call_.rows ? panel_ * call_.stride : 0;
-            for (int group = 0; sums && group < block_; group += GROUP) {
-                across(x, some, call_.columns, y + group, width_, sums + group * stride_, stride_,
-                       group ? 0 : ahead);
+            if (sums) {
+                const bool more = first + TALL < call_.rows;
+                across_packed(x, call_.columns, turned, block_, sums,
+                              more ? call_.columns * TALL : 0);
             }
         }
     }
@@ -343,9 +374,9 @@ private:
     bool check(std::int64_t index) {
         const int blocks = static_cast<int>(call_.blocks);
         if (!begin(blocks, call_.start + block_ * call_.columns)) return false;
-        multiply(blocks, true, false);
+        multiply(blocks, true);
         if (!extend(blocks + 1)) return false;
-        multiply(blocks + 1, false, false);
+        multiply(blocks + 1, false);
         if (!values(blocks + CHECKING)) return false;
         double energy = 0, found = 0;
         for (std::int64_t i = 0; i < call_.q; ++i) {
@@ -477,10 +508,11 @@ private:
     const BlockLanczos& call_;
     const int threads_, block_;
     const std::int64_t most_, width_, length_, stride_, wide_;
-    const int panel_;
     const Buffer<float> basis_;  // Q, a vector a row
     const Buffer<float> image_;  // X Qᵀ, a vector a column
+    const Buffer<float> packed_;  // X, see packed.hpp
     const std::int64_t chunks_, chunk_;
+    const Buffer<float> turned_, total_;  // a block and XᵀY, an element of all vectors together
     const Buffer<float> sums_;  // XᵀY of a chunk, of every chunk where threads share them
     const Buffer<double> squares_of_;
     const Buffer<float> taken_;
