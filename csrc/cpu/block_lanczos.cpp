@@ -45,12 +45,18 @@ double square_sum(const float* values, std::int64_t length) {
     return total;
 }
 
-// g [n, n] = xᵀx of rows x [count, n], in float64, by rows `width` apart. `space`: [width, GRAM_ROWS],
-// in which LANES columns of x lie together.
-void gram_of_columns(Rows x, std::int64_t count, int n, std::int64_t width, double* g,
+// g [n, n] = xᵀx of rows x [count, n], in float64, by rows `width` apart; its first `known` rows and
+// columns, a multiple of 8, are there already. `space`: [width, GRAM_ROWS], in which LANES columns of x
+// lie together.
+void gram_of_columns(Rows x, std::int64_t count, int known, int n, std::int64_t width, double* g,
                      double* space) {
     constexpr int TILE = 4;
-    zero(g, up_to(n, TILE) * width);
+    const int fresh = known / LANES * LANES;
+    for (int i = 0; i < up_to(n, TILE); ++i) {
+        for (std::int64_t j = i < fresh ? fresh : i / LANES * LANES; j < width; ++j) {
+            g[i * width + j] = 0;
+        }
+    }
     for (std::int64_t first = 0; first < count; first += GRAM_ROWS) {
         const int some = least(count - first, GRAM_ROWS);
         for (int j = 0; j < n; j += LANES) {
@@ -63,7 +69,7 @@ void gram_of_columns(Rows x, std::int64_t count, int n, std::int64_t width, doub
         }
         for (int i = 0; i < n; i += TILE) {
             const int place = i / LANES * LANES;
-            for (std::int64_t j = place; j < n; j += LANES) {
+            for (std::int64_t j = place < fresh ? fresh : place; j < n; j += LANES) {
                 Wide acc[TILE][2];
                 for (int t = 0; t < TILE; ++t) {
                     for (int v = 0; v < 2; ++v) acc[t][v] = wide(g + (i + t) * width + j + v * WIDE);
@@ -145,6 +151,7 @@ public:
           squares_of_(chunks_),
           taken_(most_ * block_),
           gram_(up_to(most_, 4) * width_),
+          work_(most_ * width_),
           vectors_(most_ * width_),
           values_(width_),
           rows_(GRAM_ROWS * width_),
@@ -172,7 +179,7 @@ private:
             multiply(block, !last);
             if (!last && !extend(block + 1)) return Found::nothing;
         }
-        if (!values(static_cast<int>(call_.blocks))) return Found::nothing;
+        if (!ritz(static_cast<int>(call_.blocks), 0, false)) return Found::nothing;
         if (alike() && !check(index)) return Found::nothing;
         return triples(index) ? Found::triples : Found::nothing;
     }
@@ -343,19 +350,25 @@ private:
         return out;
     }
 
-    // Ritz values of the first blocks, and their order.
-    bool values(int blocks) {
+    // Ritz values of the first blocks, of which `known` had theirs, and their order; unless the
+    // values are alike and to be checked, the vectors too.
+    bool ritz(int blocks, int known, bool checked) {
         count_ = blocks * block_;
-        gram_of_columns({image_ + 0, width_}, call_.rows, count_, width_, gram_ + 0, rows_ + 0);
-        Symmetric solver(count_, width_, gram_ + 0, values_ + 0, vectors_ + 0);
-        if (!solver.solve()) return false;
+        gram_of_columns({image_ + 0, width_}, call_.rows, known * block_, count_, width_,
+                        gram_ + 0, rows_ + 0);
+        std::memcpy(work_ + 0, gram_ + 0, count_ * width_ * sizeof(double));
+        Symmetric solver(count_, width_, work_ + 0, values_ + 0, vectors_ + 0);
+        if (!solver.values()) return false;
         for (int i = 0; i < count_; ++i) {
             int at = i;
             for (; at > 0 && values_[order_[at - 1]] < values_[i]; --at) order_[at] = order_[at - 1];
             order_[at] = i;
         }
+        if (!(values_[order_[0]] < HUGE_VAL)) return false;
+        if (!checked && alike()) return true;
+        if (!solver.vectors()) return false;
         for (int i = 0; i < call_.q; ++i) solver.back(order_[i]);
-        return values_[order_[0]] < HUGE_VAL;
+        return true;
     }
 
     double value(std::int64_t place) const {
@@ -377,7 +390,7 @@ private:
         multiply(blocks, true);
         if (!extend(blocks + 1)) return false;
         multiply(blocks + 1, false);
-        if (!values(blocks + CHECKING)) return false;
+        if (!ritz(blocks + CHECKING, blocks, true)) return false;
         double energy = 0, found = 0;
         for (std::int64_t i = 0; i < call_.q; ++i) {
             const double* z = vectors_ + order_[i] * width_;
@@ -412,7 +425,8 @@ private:
     bool left(float* u) {
         turn({image_ + 0, width_}, count_, u);
         Rows found{u, call_.q};
-        gram_of_columns(found, call_.rows, static_cast<int>(call_.q), width_, gram_ + 0, rows_ + 0);
+        gram_of_columns(found, call_.rows, 0, static_cast<int>(call_.q), width_, gram_ + 0,
+                        rows_ + 0);
         const double off = off_identity();
         if (off <= ORTHONORMAL) return true;
         if (!(off <= REPAIRED) || !whitener()) return false;
@@ -516,7 +530,7 @@ private:
     const Buffer<float> sums_;  // XᵀY of a chunk, of every chunk where threads share them
     const Buffer<double> squares_of_;
     const Buffer<float> taken_;
-    const Buffer<double> gram_, vectors_, values_, rows_;
+    const Buffer<double> gram_, work_, vectors_, values_, rows_;
     const Buffer<float> factor_, weights_, right_;
     const Buffer<int> order_;
     Rows x_{};

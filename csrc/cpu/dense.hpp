@@ -74,17 +74,35 @@ inline void invert_lower(double* a, int n, std::int64_t stride) {
     }
 }
 
-// Eigenvalues w [n], unordered, and eigenvectors of the symmetric a [n, n]: Householder's
-// tridiagonal form, then implicit QL (Golub and Van Loan, 8.3). Vector i of the tridiagonal form is row i of z;
-// `back` makes it a's. What a held is lost.
+// Eigenvalues w [n], unordered, of the symmetric a [n, n] by `values`, and after it eigenvectors by
+// `vectors`: Householder's tridiagonal form, then implicit QL (Golub and Van Loan, 8.3). Vector i of the
+// tridiagonal form is row i of z; `back` makes it a's. What a held is lost.
 class Symmetric {
 public:
     Symmetric(int n, std::int64_t stride, double* a, double* w, double* z)
-        : n_(n), stride_(stride), a_(a), w_(w), z_(z), off_(stride), line_(stride), beta_(stride) {}
+        : n_(n),
+          stride_(stride),
+          a_(a),
+          w_(w),
+          z_(z),
+          off_(stride),
+          line_(stride),
+          beta_(stride),
+          form_(2 * stride) {}
 
-    bool solve() {
+    bool values() {
         tridiagonalise();
-        return iterate();
+        std::memcpy(form_ + 0, w_, n_ * sizeof(double));
+        std::memcpy(form_ + stride_, off_ + 0, n_ * sizeof(double));
+        return iterate(false);
+    }
+
+    bool vectors() {
+        std::memcpy(w_, form_ + 0, n_ * sizeof(double));
+        std::memcpy(off_ + 0, form_ + stride_, n_ * sizeof(double));
+        zero(z_, n_ * stride_);
+        for (int i = 0; i < n_; ++i) z_[i * stride_ + i] = 1;
+        return iterate(true);
     }
 
     // Row i of z in a's coordinates.
@@ -134,9 +152,7 @@ private:
         }
     }
 
-    bool iterate() {
-        zero(z_, n_ * stride_);
-        for (int i = 0; i < n_; ++i) z_[i * stride_ + i] = 1;
+    bool iterate(bool vectors) {
         for (int l = 0; l < n_; ++l) {
             for (int rounds = 0;; ++rounds) {
                 int m = l;
@@ -168,7 +184,7 @@ private:
                     p = s * r;
                     w_[i + 1] = g + p;
                     g = c * r - b;
-                    rotate(z_ + i * stride_, z_ + (i + 1) * stride_, c, s);
+                    if (vectors) rotate(z_ + i * stride_, z_ + (i + 1) * stride_, c, s);
                 }
                 if (r == 0 && i >= l) continue;
                 w_[l] -= p;
@@ -193,6 +209,7 @@ private:
     double* const w_;
     double* const z_;
     const Buffer<double> off_, line_, beta_;
+    const Buffer<double> form_;  // the tridiagonal form: diagonal, and what is beside it
 };
 
 }  // namespace

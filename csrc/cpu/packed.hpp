@@ -71,7 +71,7 @@ inline void along_packed(const float* x, std::int64_t columns, const float* v, i
 
 // z [COUNT, width] += xᵀ y in VECTORS vectors' columns of COUNT of x's; y [TALL, width].
 template <class Vector, int COUNT, int VECTORS>
-void across_tile(const float* x, const float* y, int width, float* z, std::int64_t ahead) {
+void packed_tile(const float* x, const float* y, int width, float* z, std::int64_t ahead) {
     constexpr int SIZE = sizeof(Vector) / sizeof(float);
     if (ahead) {
         for (int line = 0; line < COUNT * TALL; line += 16) {
@@ -97,30 +97,30 @@ void across_tile(const float* x, const float* y, int width, float* z, std::int64
 }
 
 template <class Vector, int COUNT>
-void across_tiles(const float* x, const float* y, int width, float* z, std::int64_t ahead) {
+void packed_tiles(const float* x, const float* y, int width, float* z, std::int64_t ahead) {
     constexpr int SIZE = sizeof(Vector) / sizeof(float);
     int c = 0;
     for (; c + 2 * SIZE <= width; c += 2 * SIZE) {
-        across_tile<Vector, COUNT, 2>(x, y + c, width, z + c, c ? 0 : ahead);
+        packed_tile<Vector, COUNT, 2>(x, y + c, width, z + c, c ? 0 : ahead);
     }
-    if (c < width) across_tile<Vector, COUNT, 1>(x, y + c, width, z + c, c ? 0 : ahead);
+    if (c < width) packed_tile<Vector, COUNT, 1>(x, y + c, width, z + c, c ? 0 : ahead);
 }
 
 template <class Vector>
-void across_all(const float* x, std::int64_t columns, const float* y, int width, float* z,
+void packed_all(const float* x, std::int64_t columns, const float* y, int width, float* z,
                 std::int64_t ahead) {
     constexpr int SIZE = sizeof(Vector) / sizeof(float), MOST = REGISTERS / 2;
     std::int64_t k = 0;
     if (width == SIZE) {
         for (; k + 2 * MOST <= columns; k += 2 * MOST) {
-            across_tile<Vector, 2 * MOST, 1>(x + k * TALL, y, width, z + k * width, ahead);
+            packed_tile<Vector, 2 * MOST, 1>(x + k * TALL, y, width, z + k * width, ahead);
         }
     }
     for (; k + MOST <= columns; k += MOST) {
-        across_tiles<Vector, MOST>(x + k * TALL, y, width, z + k * width, ahead);
+        packed_tiles<Vector, MOST>(x + k * TALL, y, width, z + k * width, ahead);
     }
     for (; k < columns; ++k) {
-        across_tiles<Vector, 1>(x + k * TALL, y, width, z + k * width, ahead);
+        packed_tiles<Vector, 1>(x + k * TALL, y, width, z + k * width, ahead);
     }
 }
 
@@ -130,9 +130,9 @@ inline void across_packed(const float* x, std::int64_t columns, const float* y, 
                           std::int64_t ahead) {
     typedef float Eight __attribute__((vector_size(32)));
     if (LANES == 16 && width % LANES != 0) {
-        across_all<Eight>(x, columns, y, width, z, ahead);
+        packed_all<Eight>(x, columns, y, width, z, ahead);
     } else {
-        across_all<Floats>(x, columns, y, width, z, ahead);
+        packed_all<Floats>(x, columns, y, width, z, ahead);
     }
 }
 

@@ -13,7 +13,7 @@ constexpr int PANEL = 24;                    // rows of a panel at most
 constexpr int RUN = 512;                     // so long a piece of GROUP vectors stays in L1
 constexpr int TILE_ROWS = 3;                 // along: sums of a tile fill the registers
 constexpr int TILE_GROUP = LANES == 16 ? 8 : 4;
-constexpr int TILE_VECTORS = 2;              // across
+constexpr int TILE_VECTORS = LANES == 16 ? 2 : 3;  // across
 
 // Rows `stride` apart.
 struct Rows {
@@ -124,11 +124,10 @@ inline void along(Rows x, std::int64_t rows, Rows v, std::int64_t length, float*
     }
 }
 
-// z_c += Σ_i u_ic x_i in TILE_GROUP vectors' COUNT registers from `column` on; the values `ahead`
-// of the rows' come next and are asked for.
+// z_c += Σ_i u_ic x_i in TILE_GROUP vectors' COUNT registers from `column` on.
 template <int COUNT>
 void across_tile(Rows x, std::int64_t rows, std::int64_t column, const float* u,
-                 std::int64_t u_stride, float* z, std::int64_t z_stride, std::int64_t ahead) {
+                 std::int64_t u_stride, float* z, std::int64_t z_stride) {
     Floats acc[TILE_GROUP][COUNT];
     for (int c = 0; c < TILE_GROUP; ++c) {
         for (int v = 0; v < COUNT; ++v) acc[c][v] = load(z + c * z_stride + column + v * LANES);
@@ -136,10 +135,7 @@ void across_tile(Rows x, std::int64_t rows, std::int64_t column, const float* u,
     const float* row = x.values + column;
     for (std::int64_t i = 0; i < rows; ++i, row += x.stride, u += u_stride) {
         Floats own[COUNT];
-        for (int v = 0; v < COUNT; ++v) {
-            own[v] = load(row + v * LANES);
-            if (ahead && (LANES == 16 || v == 0)) __builtin_prefetch(row + ahead + v * LANES, 0, 2);
-        }
+        for (int v = 0; v < COUNT; ++v) own[v] = load(row + v * LANES);
         for (int c = 0; c < TILE_GROUP; ++c) {
             for (int v = 0; v < COUNT; ++v) acc[c][v] += u[c] * own[v];
         }
@@ -160,20 +156,17 @@ inline void across_rest(Rows x, std::int64_t rows, std::int64_t column, std::int
     for (int c = 0; c < TILE_GROUP; ++c) store(z + c * z_stride + column, acc[c]);
 }
 
-// z_c += Σ_i u_ic x_i of any number of rows and GROUP vectors z, `ahead` as above or 0.
+// z_c += Σ_i u_ic x_i of any number of rows and GROUP vectors z.
 inline void across(Rows x, std::int64_t rows, std::int64_t length, const float* u,
-                   std::int64_t u_stride, float* z, std::int64_t z_stride,
-                   std::int64_t ahead = 0) {
+                   std::int64_t u_stride, float* z, std::int64_t z_stride) {
     for (int c = 0; c < GROUP; c += TILE_GROUP) {
         float* to = z + c * z_stride;
-        const std::int64_t next = c ? 0 : ahead;
         std::int64_t k = 0;
         for (; k + TILE_VECTORS * LANES <= length; k += TILE_VECTORS * LANES) {
-            across_tile<TILE_VECTORS>(x, rows, k, u + c, u_stride, to, z_stride, next);
+            across_tile<TILE_VECTORS>(x, rows, k, u + c, u_stride, to, z_stride);
         }
-        if (k + LANES <= length) {
-            across_tile<1>(x, rows, k, u + c, u_stride, to, z_stride, next);
-            k += LANES;
+        for (; k + LANES <= length; k += LANES) {
+            across_tile<1>(x, rows, k, u + c, u_stride, to, z_stride);
         }
         if (k < length) across_rest(x, rows, k, length - k, u + c, u_stride, to, z_stride);
     }
