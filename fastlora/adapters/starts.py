@@ -51,12 +51,20 @@ def pissa(layers: Mapping[str, LoRALinear], niter: int | None) -> list[Taken]:
             )
         if not layer.scaling > 0:
             raise ValueError(f"{name} has a scaling of {layer.scaling:g}; PiSSA divides by it")
-    check_finite({name: layer.weight for name, layer in layers.items()}, "weight")
+    weights = {name: layer.weight.detach() for name, layer in layers.items()}
+    check_values(weights, "weight")
+    if niter is None:  # else the decomposition, which reads them anyway, says so
+        check_finite(weights, "weight")
     found: dict[str, Taken] = {}
     for names in stacks(layers):
-        weights = [layers[name].weight.detach() for name in names]
+        group = [weights[name] for name in names]
         r, s = layers[names[0]].r, layers[names[0]].scaling
-        for name, (B, A) in zip(names, principal(weights, r, s, niter), strict=True):
+        try:
+            factors = principal(group, r, s, niter)
+        except ValueError:
+            check_finite(weights, "weight")
+            raise
+        for name, (B, A) in zip(names, factors, strict=True):
             found[name] = Taken(name, layers[name], A, B)
     return [found[name] for name in layers]
 
@@ -80,11 +88,17 @@ def principal(
     return [(U * root, root[:, None] * Vh) for (U, _, Vh), root in zip(triples, roots, strict=True)]
 
 
-def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Raise ValueError, naming the first layer that has NaN or infinity in it, or no values."""
+def check_values(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise ValueError, naming the first layer that has no values."""
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise ValueError(f"the {what} of {name} is on the meta device: it has no values")
+
+
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise ValueError, naming the first layer that has NaN or infinity in it, or no values."""
+    check_values(tensors, what)
+    for name, tensor in tensors.items():
         if not _is_finite(tensor):
             raise ValueError(f"the {what} of {name} has NaN or infinity in it")
 

@@ -74,8 +74,8 @@ class LoRALinear(AdaptedLinear):
         self.keep_output = dora_keep_output
         dtype = adapter_dtype_over(weight.dtype, adapter_dtype)
         where: dict[str, Any] = {"device": weight.device, "dtype": dtype}
-        self.lora_A = nn.utils.skip_init(nn.Linear, self.in_features, r, bias=False, **where)
-        self.lora_B = nn.utils.skip_init(nn.Linear, r, self.out_features, bias=lora_bias, **where)
+        self.lora_A = undrawn(self.in_features, r, False, where)
+        self.lora_B = undrawn(r, self.out_features, lora_bias, where)
         self.lora_A.weight.requires_grad_(not use_lora_fa)
         self.lora_magnitude_vector: Magnitude | None = None
         self.reset_parameters()
@@ -235,6 +235,18 @@ def lora_summary(layer: Any) -> str:
     if getattr(layer, "use_lora_fa", False):
         said.insert(0, "A frozen")
     return ", ".join(said)
+
+
+def undrawn(in_features: int, out_features: int, bias: bool, where: dict[str, Any]) -> Any:
+    """An ``nn.Linear`` whose parameters are yet to be written, as by ``nn.utils.skip_init``, which
+    takes half a millisecond to draw on the meta device. ``where``: device and dtype."""
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.in_features, linear.out_features = in_features, out_features
+    linear.weight = nn.Parameter(torch.empty(out_features, in_features, **where))
+    own = nn.Parameter(torch.empty(out_features, **where)) if bias else None
+    linear.register_parameter("bias", own)
+    return linear
 
 
 def check_hyperparameters(r: int, lora_alpha: float, lora_dropout: float) -> None:

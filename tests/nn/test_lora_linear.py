@@ -10,6 +10,7 @@ from torch import nn
 
 import fastlora
 from fastlora.nn import LoRALinear
+from fastlora.nn.lora_linear import undrawn
 
 
 def make(k=24, n=20, bias=True, dtype=torch.float32, **options):
@@ -190,3 +191,17 @@ def test_integer_weights_are_refused():
     linear.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=r"its weight is torch.int8"):
         LoRALinear.from_linear(linear)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_undrawn_linears_are_what_skip_init_makes(bias):
+    where = {"device": torch.device("cpu"), "dtype": torch.float64}
+    state = torch.get_rng_state()
+    ours = undrawn(7, 5, bias, where)
+    assert torch.equal(torch.get_rng_state(), state)
+    theirs = nn.utils.skip_init(nn.Linear, 7, 5, bias=bias, **where)
+    assert vars(ours).keys() == vars(theirs).keys()
+    assert repr(ours) == repr(theirs) and ours.training == theirs.training
+    assert ours._parameters.keys() == theirs._parameters.keys()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and a.requires_grad

@@ -67,6 +67,25 @@ def test_no_further_from_the_matrix_than_torch_at_equal_niter(spectrum, niter):
     assert ours.mean() <= residual(x, (u, s, v.mT)).mean() + 5 * EPS
 
 
+@pytest.mark.parametrize("niter", [1, 4])
+@pytest.mark.parametrize("spectrum", ["power", "flat"])
+@pytest.mark.parametrize("q, width, n", [(65, 24, 560), (96, 24, 700), (128, 32, 880)])
+def test_wide_blocks_are_no_further_than_torch(q, width, n, spectrum, niter):
+    """The rule for the number of passes, of q from 65 to 128."""
+    plan = native.plan(n, n + 60, q, niter, 0)
+    assert plan is not None and plan.width == width
+    if spectrum == "flat":
+        x = torch.randn(2, n, n + 60, generator=seeded())
+    else:
+        x = torch.stack([matrix(n, n + 60, SPECTRA[spectrum], seed=seed) for seed in range(2)])
+    result = svd_lowrank(x, q, niter, generator=seeded(), backend="native")
+    assert sound(result)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(x, q=q, niter=niter)
+    assert residual(x, result).mean() <= residual(x, (u, s, v.mT)).mean() + 5 * EPS
+
+
 def tail(i, first, height=0.2):
     return height * (i - first + 1).clamp_min(1) ** -0.5
 
