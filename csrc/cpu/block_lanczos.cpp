@@ -24,6 +24,7 @@ constexpr int GRAM_ROWS = 64;
 constexpr int WIDEST = 32;            // vectors of a block
 constexpr std::int64_t CHUNK = 256;   // rows at least whose share of XᵀY is summed by itself
 constexpr std::int64_t CHUNKS = 8;    // at most
+constexpr std::int64_t ROOM = std::int64_t{1} << 28;  // floats of the copies there are at once
 
 inline std::int64_t up_to(std::int64_t count, std::int64_t multiple) {
     return (count + multiple - 1) / multiple * multiple;
@@ -540,10 +541,14 @@ private:
 
 }  // namespace
 
-// A matrix a thread; threads share the products of those that are left over.
+// A matrix a thread, as many at once as there is room for; threads share the products of those that
+// are left over.
 void block_lanczos(const BlockLanczos& call, int threads) {
-    const std::int64_t alone = call.count / threads * threads;
-    parallel_for(alone, 1, threads, [&](std::int64_t first, std::int64_t last) {
+    const std::int64_t room = ROOM / (call.rows * call.columns);
+    const int at_once = room < 1 ? 1 : least(room, threads);
+    const std::int64_t alone =
+        at_once == 1 && threads > 1 ? 0 : call.count / at_once * at_once;
+    parallel_for(alone, 1, at_once, [&](std::int64_t first, std::int64_t last) {
         Space space(call, 1);
         for (std::int64_t index = first; index < last; ++index) space.run(index);
     });
