@@ -1,7 +1,7 @@
 """What a training step of every method keeps and needs, ours beside peft's.
 
     python -m bench.memory [--models smollm2,llama3-8b] [--methods lora,dora,…] [--dropout 0]
-                           [--blocks N] [--json FILE]
+                           [--blocks N] [--tokens N] [--json FILE]
 
 "saved" is what is alive between forward and backward and was not before; "peak" the most that
 forward and backward hold at one time beyond what was there before them (gradients included), both
@@ -51,18 +51,18 @@ class Subject:
     batch: Tensor
 
 
-def smollm2(blocks: int | None) -> Subject:
+def smollm2(blocks: int | None, tokens: int | None) -> Subject:
     """The demo's model, 2 × 128 tokens."""
     source = model.find(None)
     tokenizer = model.load_tokenizer(source)
-    batch = data.batches(data.read(None), tokenizer, 1, 2, 128, 0).training[0]
+    batch = data.batches(data.read(None), tokenizer, 1, 2, tokens or 128, 0).training[0]
     base = model.load(source, torch.device("cpu"), torch.float32)
     if blocks is not None:
         base.model.layers = base.model.layers[:blocks]
-    return Subject(f"{source.title}, float32, 2 x 128 tokens", base, batch)
+    return Subject(f"{source.title}, float32, 2 x {batch.shape[1]} tokens", base, batch)
 
 
-def llama3_8b(blocks: int | None) -> Subject:
+def llama3_8b(blocks: int | None, tokens: int | None) -> Subject:
     """A block of its shapes (meta-llama/Meta-Llama-3-8B's config.json), 1 × 256 tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -79,12 +79,16 @@ def llama3_8b(blocks: int | None) -> Subject:
         base = LlamaForCausalLM(config).requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
-    batch = torch.randint(0, config.vocab_size, (1, 256))
+    batch = torch.randint(0, config.vocab_size, (1, tokens or 256))
     many = f"{config.num_hidden_layers} block{'s' if config.num_hidden_layers > 1 else ''}"
-    return Subject(f"Llama-3-8B's shapes, {many}, bfloat16, 1 x 256 tokens", base, batch)
+    title = f"Llama-3-8B's shapes, {many}, bfloat16, 1 x {batch.shape[1]} tokens"
+    return Subject(title, base, batch)
 
 
-MODELS: dict[str, Callable[[int | None], Subject]] = {"smollm2": smollm2, "llama3-8b": llama3_8b}
+MODELS: dict[str, Callable[[int | None, int | None], Subject]] = {
+    "smollm2": smollm2,
+    "llama3-8b": llama3_8b,
+}
 
 
 def measure(subject: Subject, name: str, dropout: float) -> dict[str, dict[str, int]]:
@@ -129,6 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--methods", default=",".join(offered))
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--blocks", type=int, help="the model's first so many blocks only")
+    parser.add_argument("--tokens", type=int, help="so many a sequence")
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
     args = parser.parse_args(argv)
     try:
@@ -138,12 +143,14 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     if args.blocks is not None and args.blocks < 1:
         parser.error("--blocks must be at least 1")
+    if args.tokens is not None and args.tokens < 1:
+        parser.error("--tokens must be at least 1")
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
     problems: list[str] = []
     figures: dict[str, Any] = {}
     for key in models:
-        subject = MODELS[key](args.blocks)
+        subject = MODELS[key](args.blocks, args.tokens)
         print(subject.title)
         rows: dict[str, dict[str, dict[str, int]]] = {}
         for name in methods:

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/block_lanczos.hpp"
+#include "cpu/dropout.hpp"
 #include "cpu/isa.hpp"
 #include "cpu/jacobi.hpp"
 #include "cpu/low_rank_update.hpp"
@@ -73,6 +74,17 @@ void low_rank_update(Address out, std::int64_t rows, std::int64_t columns, std::
     kernel(call, threads);
 }
 
+void dropout(Address x, std::int64_t rows, std::int64_t columns, std::int64_t x_stride, Address out,
+             std::int64_t out_stride, std::int64_t seed, int threshold, int threads,
+             const std::string& isa) {
+    const auto kernel = FASTLORA_PICK(fastlora::find_isa(isa), dropout);
+    const fastlora::Dropout call{
+        at<const float>(x), rows, columns, x_stride, at<float>(out), out_stride,
+        static_cast<std::uint64_t>(seed), static_cast<std::uint32_t>(threshold)};
+    py::gil_scoped_release released;
+    kernel(call, threads);
+}
+
 void block_lanczos(const std::vector<Address>& x, std::int64_t stride, std::int64_t rows,
                    std::int64_t columns, std::int64_t width, std::int64_t blocks, Address start,
                    std::int64_t q,
@@ -125,6 +137,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("row_norm", &row_norm);
     module.def("output_pass", &output_pass);
     module.def("low_rank_update", &low_rank_update);
+    module.def("dropout", &dropout);
     module.def("block_lanczos", &block_lanczos);
     module.def("symmetric_eigen", &symmetric_eigen);
     module.def("svd", &svd);

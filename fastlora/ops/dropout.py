@@ -6,16 +6,23 @@ stays exact. Two sources of draws exist, because each is the fast one where it i
 
 * ``stream_keep``: torch's own generator, four elements a 64-bit draw (the PyTorch backends).
 * ``philox_keep``: Philox4x32-7 indexed by position, eight elements a call. The Triton kernels
-  compute the same function tile by tile; this plain version is their specification.
+  compute the same function tile by tile, and csrc/cpu/dropout.cpp row by row; this plain version
+  is their specification.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 LEVELS = 1 << 16
 _LOW = 0xFFFFFFFF
+
+Mask = Callable[[Tensor], Tensor]  # x [M, K] where it keeps it and 0 elsewhere, not rescaled
+# The Mask of (shape, p, seed, device); what it holds of its draws it holds once for all calls
+Draw = Callable[[tuple[int, int], float, Tensor, torch.device], Mask]
 PHILOX_ROUNDS = 7
 PHILOX_GROUP = 8  # columns that share one Philox call: four 32-bit words, two halves each
 
@@ -59,6 +66,12 @@ def drop(x: Tensor, noise: Tensor, p: float) -> Tensor:
     if x.dtype in (torch.float32, torch.float64):
         return torch.ops.aten.threshold_backward(x, noise.to(x.dtype), level - 1)
     return x.masked_fill(noise < level, 0)
+
+
+def stream_mask(shape: tuple[int, int], p: float, seed: Tensor, device: torch.device) -> Mask:
+    """The mask of ``stream_keep``: two bytes an element as long as it lives."""
+    noise = stream_noise(shape, seed, device)
+    return lambda x: drop(x, noise, p)
 
 
 def stream_keep(shape: tuple[int, int], p: float, seed: Tensor, device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
 """The best PyTorch-only form: x is read once for all lora_A, dx is one accumulator.
 
-As in ``adapter_linear``'s eager.py, ``linear``, ``update`` and ``output_pass`` can be others', and
-so can ``onto(out, a, b)``, out += a bᵀ for a large b.
+As in ``adapter_linear``'s eager.py, ``linear``, ``update``, ``output_pass`` and ``draw`` can be
+others', and so can ``onto(out, a, b)``, out += a bᵀ for a large b.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastlora.ops.adapter_linear.eager import (
     aten_linear,
     read_output,
 )
-from fastlora.ops.dropout import drop, keep_scale, stream_noise
+from fastlora.ops.dropout import Draw, keep_scale, stream_mask
 
 draw_seed = eager.draw_seed
 
@@ -50,10 +50,11 @@ def forward(
     *,
     linear: Linear = aten_linear,
     update: Update = add_product,
+    draw: Draw = stream_mask,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """(y [M, N] of every part, t [M, r] of every slot, None unless ``need_t``), in x's dtype."""
     ys: list[Tensor] = []
-    ts = _down(x, slots, need_t, linear)
+    ts = _down(x, slots, need_t, linear, draw)
     for part in parts:
         assert part.weight is not None and part.lora_B is not None
         y = linear(x, part.weight, part.bias if part.out_scale is None else None)
@@ -63,14 +64,16 @@ def forward(
     return ys, kept(ts, slots, need_t)
 
 
-def _down(x: Tensor, slots: Sequence[Slot], need_t: Sequence[bool], linear: Linear) -> list[Tensor]:
+def _down(
+    x: Tensor, slots: Sequence[Slot], need_t: Sequence[bool], linear: Linear, draw: Draw
+) -> list[Tensor]:
     """t [M, r] of every slot: views of one product for those without dropout."""
     ts: dict[int, Tensor] = {}
     for index, slot in enumerate(slots):
         if slot.seed is not None:
             assert slot.lora_A is not None
-            noise = stream_noise((x.shape[0], x.shape[1]), slot.seed, x.device)
-            t = linear(drop(x, noise, slot.dropout_p), slot.lora_A, None)
+            mask = draw((x.shape[0], x.shape[1]), slot.dropout_p, slot.seed, x.device)
+            t = linear(mask(x), slot.lora_A, None)
             ts[index] = t.mul_(slot.scaling * keep_scale(slot.dropout_p))
     plain = together(slots, [True] * len(slots), need_t)
     if plain:
@@ -120,6 +123,7 @@ def backward(
     onto: Onto = aten_onto,
     update: Update = add_product,
     output_pass: OutputPass = read_output,
+    draw: Draw = stream_mask,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Gradients]]:
     """(dx, dA of every slot, the rest of every part) for dys [M, N]; None where not asked for.
 
@@ -147,7 +151,7 @@ def backward(
             else:
                 onto(dx, own, part.weight.t())
         if wanted and slot.seed is not None:
-            dAs[number] = _past_dropout(hs[number], x, slot, dx, need_A[number], linear)
+            dAs[number] = _past_dropout(hs[number], x, slot, dx, need_A[number], linear, draw)
     plain = together(slots, want_h, need_A)
     if plain:
         h = _beside(hs, slots, plain)
@@ -177,21 +181,27 @@ def _beside(hs: dict[int, Tensor], slots: Sequence[Slot], which: Sequence[int]) 
 
 
 def _past_dropout(
-    h: Tensor, x: Tensor | None, slot: Slot, dx: Tensor | None, need_A: bool, linear: Linear
+    h: Tensor,
+    x: Tensor | None,
+    slot: Slot,
+    dx: Tensor | None,
+    need_A: bool,
+    linear: Linear,
+    draw: Draw,
 ) -> Tensor | None:
     """dA of a slot that drops, if needed; its share of dx is added where there is a dx."""
     p = slot.dropout_p
     wide = slot.lora_A if x is None else x
     assert slot.seed is not None and wide is not None
     h.mul_(slot.scaling * keep_scale(p))
-    noise = stream_noise((h.shape[0], wide.shape[1]), slot.seed, h.device)
+    mask = draw((h.shape[0], wide.shape[1]), p, slot.seed, h.device)
     dA = None
     if need_A:
         assert x is not None
-        dA = eager.reduce(linear, h, drop(x, noise, p))
+        dA = eager.reduce(linear, h, mask(x))
     if dx is not None:
         assert slot.lora_A is not None
-        dx.add_(drop(linear(h, slot.lora_A.t(), None), noise, p))
+        dx.add_(mask(linear(h, slot.lora_A.t(), None)))
     return dA
 
 

@@ -18,6 +18,7 @@ from fastlora.ops.adapter_linear.entry import (
     cast,
     check,
     check_vectors,
+    has_few_rows,
     is_transformed,
 )
 from fastlora.ops.adapter_linear.op import adapter_linear
@@ -45,7 +46,8 @@ def adapter_group(
 
     The members run one by one through ``adapter_linear``, with the same results, under
     torch.compile, torch.func's transforms, forward-mode derivatives and torch.jit.trace, for nested
-    and meta tensors, and where a member's ``drop_base`` acts (that is, under dropout).
+    and meta tensors, where a member's ``drop_base`` acts (that is, under dropout), and where x has
+    so few rows that ``adapter_linear`` is plain PyTorch calls.
 
     Returns:
         y_i [..., N_i] of every member, in the compute dtype.
@@ -72,6 +74,8 @@ def adapter_group(
     if one_by_one:
         return tuple(_alone(x, member, backend) for member in members)
     module = _backend.select("adapter_group", BACKENDS, device, x.dtype, backend)
+    if has_few_rows(x, module) and not any(_has_vectors(member) for member in members):
+        return tuple(_alone(x, member, backend) for member in members)
     members = tuple(members)
     operands = [tensor for member in members for tensor in tensors(member) if tensor is not None]
     with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
@@ -89,6 +93,11 @@ def _check(x: Tensor, member: Member) -> bool:
     check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
     _, drop_base = check_vectors(Scales(*vectors), x, lora_B, dropout_p, drop_base)
     return drop_base
+
+
+def _has_vectors(member: Member) -> bool:
+    vectors = (member.out_scale, member.mid_scale, member.adapter_scale)
+    return any(vector is not None for vector in vectors)
 
 
 def _alone(x: Tensor, member: Member, backend: str | None) -> Tensor:

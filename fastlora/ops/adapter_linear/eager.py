@@ -1,9 +1,9 @@
 """The best PyTorch-only form: two products a direction, everything else accumulated in place.
 
-Three steps are taken by name, so that other libraries can be put under the same code (onednn.py,
+Four steps are taken by name, so that other libraries can be put under the same code (onednn.py,
 native.py): every product is ``linear(a, b) = a bᵀ``, the adapter goes onto a large product's result
-by ``update``, and all that backward reads off dY beside the large products comes from
-``output_pass``.
+by ``update``, all that backward reads off dY beside the large products comes from ``output_pass``,
+and a dropout mask from ``draw``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fastlora.ops.adapter_linear.contract import Needs, Scales, doubtful
+from fastlora.ops.dropout import Draw, Mask, keep_scale, stream_mask
 from fastlora.ops.dropout import draw_seed as _draw_seed
-from fastlora.ops.dropout import drop, keep_scale, stream_noise
 
 _PIECE = 1 << 17  # elements
 _PIECE_CUDA = 1 << 24
@@ -146,21 +146,51 @@ def forward(
     need_t: bool,
     linear: Linear = aten_linear,
     update: Update = add_product,
+    draw: Draw = stream_mask,
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N] and t = s · drop(x) Aᵀ [M, r], all in x's dtype (t only if ``need_t``)."""
-    t = _down(x, lora_A, scaling, dropout_p, seed, linear)
+    t = _down(x, lora_A, scaling, dropout_p, seed, linear, draw)
     y = linear(x, weight, bias)
     update(y, t, lora_B.t())
     return y, t if need_t else None
 
 
 def _down(
-    x: Tensor, lora_A: Tensor, scaling: float, dropout_p: float, seed: Tensor | None, linear: Linear
+    x: Tensor,
+    lora_A: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    linear: Linear,
+    draw: Draw,
 ) -> Tensor:
     if seed is None:
         return linear(x, lora_A, None).mul_(scaling)
-    noise = stream_noise((x.shape[0], x.shape[1]), seed, x.device)
-    return linear(drop(x, noise, dropout_p), lora_A, None).mul_(scaling * keep_scale(dropout_p))
+    mask = draw((x.shape[0], x.shape[1]), dropout_p, seed, x.device)
+    return linear(mask(x), lora_A, None).mul_(scaling * keep_scale(dropout_p))
+
+
+def few_rows(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    draw: Draw = stream_mask,
+) -> Tensor:
+    """y [M, N] as differentiable PyTorch: the same values, mask and gradients as ``forward`` and
+    ``backward`` without a Function of ours, which for few rows costs more than all products."""
+    linear = torch.nn.functional.linear
+    inner = x
+    if seed is not None:
+        keep = draw((x.shape[0], x.shape[1]), dropout_p, seed, x.device)
+        inner = x * keep(x.new_ones(()).expand(x.shape))
+        scaling *= keep_scale(dropout_p)
+    y = linear(x, weight, bias)
+    return torch.addmm(y, linear(inner, lora_A), lora_B.t(), alpha=scaling)
 
 
 def composite(
@@ -212,6 +242,7 @@ def backward(
     linear: Linear = aten_linear,
     update: Update = add_product,
     output_pass: OutputPass = read_output,
+    draw: Draw = stream_mask,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweight, dA, dB, dbias) for dy [M, N]; None where ``needs`` does not ask.
 
@@ -227,7 +258,7 @@ def backward(
         linear,
     )
     dx, dweight, dA = _to_input(
-        passed, x, weight, lora_A, dropout_p, seed, needs, linear=linear, update=update
+        passed, x, weight, lora_A, dropout_p, seed, needs, linear=linear, update=update, draw=draw
     )
     dbias = None
     if needs.bias:
@@ -246,24 +277,26 @@ def _to_input(
     *,
     linear: Linear,
     update: Update,
+    draw: Draw,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweight, dA) from what was read off dY."""
-    dx = dweight = dA = noise = None
+    dx = dweight = dA = None
+    mask: Mask | None = None
     dy, h = passed.dy, passed.h
     if seed is not None and h is not None:
         wide = lora_A if x is None else x
         assert wide is not None
-        noise = stream_noise((dy.shape[0], wide.shape[1]), seed, dy.device)
+        mask = draw((dy.shape[0], wide.shape[1]), dropout_p, seed, dy.device)
     if needs.lora_A:
         assert x is not None and h is not None
-        dA = reduce(linear, h, x if noise is None else drop(x, noise, dropout_p))
+        dA = reduce(linear, h, x if mask is None else mask(x))
     if needs.x:
         assert weight is not None and lora_A is not None and h is not None
         dx = linear(dy, weight.t(), None)
-        if noise is None:
+        if mask is None:
             update(dx, h, lora_A)
         else:
-            dx.add_(drop(linear(h, lora_A.t(), None), noise, dropout_p))
+            dx.add_(mask(linear(h, lora_A.t(), None)))
     if needs.weight:
         assert x is not None
         dweight = linear(dy.t(), x.t(), None)
@@ -286,6 +319,7 @@ def scaled_forward(
     need_z: bool,
     linear: Linear = aten_linear,
     update: Update = add_product,
+    draw: Draw = stream_mask,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y = g ∘ (x Wᵀ + t Bᵀ) + bias [M, N], t as in ``forward``, and None.
 
@@ -293,13 +327,13 @@ def scaled_forward(
     drop(x) Wᵀ + t Bᵀ [M, N] is the third result if ``need_z``. out_scale g [N] may be float32.
     """
     if not drop_base:
-        t = _down(x, lora_A, scaling, dropout_p, seed, linear)
+        t = _down(x, lora_A, scaling, dropout_p, seed, linear, draw)
         y = linear(x, weight, None)
         update(y, t, lora_B.t(), out_scale, bias)
         return y, t if need_t else None, None
     assert seed is not None
-    noise = stream_noise((x.shape[0], x.shape[1]), seed, x.device)
-    dropped = drop(x, noise, dropout_p).mul_(keep_scale(dropout_p))
+    mask = draw((x.shape[0], x.shape[1]), dropout_p, seed, x.device)
+    dropped = mask(x).mul_(keep_scale(dropout_p))
     t = linear(dropped, lora_A, None).mul_(scaling)
     y = linear(x, weight, bias)
     y.t().addmm_(lora_B, t.t())
@@ -329,6 +363,7 @@ def scaled_backward(
     linear: Linear = aten_linear,
     update: Update = add_product,
     output_pass: OutputPass = read_output,
+    draw: Draw = stream_mask,
 ) -> tuple[
     Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
 ]:
@@ -341,8 +376,9 @@ def scaled_backward(
     dx = dweight = dA = dB = dbias = dg = None
     if drop_base:
         dx, dweight, dA, dB = _drop_base_backward(
-            dy, x, weight, lora_A, lora_B, t, scaling, dropout_p, seed, needs, out_scale, linear
-        )
+            dy, x, weight, lora_A, lora_B, t, scaling, dropout_p, seed, needs, out_scale, linear,
+            draw,
+        )  # fmt: skip
         if need_out_scale:
             assert read is not None
             dg, _ = _column_dots(dy, read)
@@ -352,8 +388,9 @@ def scaled_backward(
             needs.x, needs.weight, needs.lora_A, needs.lora_B, need_out_scale, linear, output_pass,
         )  # fmt: skip
         dx, dweight, dA = _to_input(
-            passed, x, weight, lora_A, dropout_p, seed, needs, linear=linear, update=update
-        )
+            passed, x, weight, lora_A, dropout_p, seed, needs, linear=linear, update=update,
+            draw=draw,
+        )  # fmt: skip
         dB, dg = passed.dC, passed.dg
     if needs.bias:
         dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
@@ -423,9 +460,11 @@ def _drop_base_backward(
     needs: Needs,
     out_scale: Tensor,
     linear: Linear,
+    draw: Draw,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweight, dA, dB) where dropout reaches the base's scaled part too."""
-    dx = dweight = dA = dB = h = noise = dropped = None
+    dx = dweight = dA = dB = h = dropped = None
+    mask: Mask | None = None
     scale = keep_scale(dropout_p)
     extra = less_one(out_scale, dy.dtype)  # g − 1
     if needs.lora_B:
@@ -438,10 +477,10 @@ def _drop_base_backward(
         assert seed is not None
         wide = lora_A if x is None else x
         assert wide is not None
-        noise = stream_noise((dy.shape[0], wide.shape[1]), seed, dy.device)
+        mask = draw((dy.shape[0], wide.shape[1]), dropout_p, seed, dy.device)
     if needs.lora_A or needs.weight:
-        assert x is not None and noise is not None
-        dropped = drop(x, noise, dropout_p)
+        assert x is not None and mask is not None
+        dropped = mask(x)
     if needs.lora_A:
         assert h is not None and dropped is not None
         dA = reduce(linear, h, dropped)
@@ -450,10 +489,10 @@ def _drop_base_backward(
         dweight = linear(dy.t(), x.t(), None)
         dweight.addcmul_(linear(dy.t(), dropped.t(), None), extra[:, None], value=scale)
     if needs.x:
-        assert weight is not None and lora_A is not None and h is not None and noise is not None
+        assert weight is not None and lora_A is not None and h is not None and mask is not None
         past = linear(times(dy, extra * scale), weight.t(), None)
         past.t().addmm_(lora_A.t(), h.t())
-        dx = linear(dy, weight.t(), None).add_(drop(past, noise, dropout_p))
+        dx = linear(dy, weight.t(), None).add_(mask(past))
     return dx, dweight, dA, dB
 
 

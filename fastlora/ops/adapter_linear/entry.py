@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from fastlora.ops.adapter_linear.contract import Scales
 from fastlora.ops.dropout import threshold
 
 AUTOCAST = (torch.float32, *_backend.HALF)  # what autocast casts
+FEW_ROWS = 4
 
 
 def autocasts(x: Tensor) -> bool:
@@ -32,6 +34,20 @@ def is_transformed(x: Tensor) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
+    )
+
+
+def has_few_rows(x: Tensor, module: ModuleType) -> bool:
+    """Whether a backend's ``few_rows`` is taken: on a CPU, where calls cost more than arithmetic.
+
+    One rule for ``adapter_linear`` and ``adapter_group``; README.md has the measurement. Triton's
+    interpreter, which is for tests of its kernels, keeps to them.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+        and not module.__name__.endswith(".triton")
     )
 
 

@@ -15,15 +15,39 @@ from fastlora.ops import backend
 from fastlora.ops.adapter_linear import eager, onednn
 from fastlora.ops.adapter_linear.contract import legible
 from fastlora.ops.adapter_linear.eager import Linear, Passed
+from fastlora.ops.dropout import Mask, threshold
 from fastlora.ops.library import address, core, with_rows
 
 _core = core()
 _BOUNDS = legible(torch.float32)
 _NARROW = 64  # ranks up to which the native products keep up with a GEMM library's
+_DRAW = 8  # a draw takes as long as so many multiply-adds
 _SMALL = 1 << 17  # multiply-adds that take no longer than a second thread takes to come
 
-draw_seed = eager.draw_seed
 linear = onednn.linear if backend.multiplies_with_onednn() else eager.aten_linear
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed [1] int64, as of every Philox mask."""
+    return eager.draw_seed(device).view(1)
+
+
+def draw(
+    shape: tuple[int, int], p: float, seed: Tensor, device: torch.device, isa: str = ""
+) -> Mask:
+    """The mask of ``dropout.philox_keep``; each call draws it anew, and nothing is held."""
+    key, level = int(seed), threshold(p)
+
+    def mask(x: Tensor) -> Tensor:
+        x = with_rows(x)
+        out = torch.empty(shape)
+        _core.dropout(
+            x.data_ptr(), *shape, x.stride(0), out.data_ptr(), out.stride(0), key, level,
+            _threads(_DRAW * out.numel()), isa,
+        )  # fmt: skip
+        return out
+
+    return mask
 
 
 def update(
@@ -105,9 +129,10 @@ def _threads(multiplies: int) -> int:
     return 1 if multiplies < _SMALL else torch.get_num_threads()
 
 
-forward = partial(eager.forward, linear=linear, update=update)
-backward = partial(eager.backward, linear=linear, update=update, output_pass=output_pass)
-scaled_forward = partial(eager.scaled_forward, linear=linear, update=update)
+few_rows = partial(eager.few_rows, draw=draw)
+forward = partial(eager.forward, linear=linear, update=update, draw=draw)
+backward = partial(eager.backward, linear=linear, update=update, output_pass=output_pass, draw=draw)
+scaled_forward = partial(eager.scaled_forward, linear=linear, update=update, draw=draw)
 scaled_backward = partial(
-    eager.scaled_backward, linear=linear, update=update, output_pass=output_pass
+    eager.scaled_backward, linear=linear, update=update, output_pass=output_pass, draw=draw
 )

@@ -22,7 +22,7 @@ _MIN_ROWS = 8
 _NARROW = 64
 _MIN_WIDE_OPERAND = 1 << 18
 
-draw_seed = eager.draw_seed
+draw_seed, few_rows = eager.draw_seed, eager.few_rows
 
 
 def linear(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -124,7 +124,7 @@ def masks(x, members, backend="eager", seed=3):
     for own in members:
         if own.dropout_p == 0.0:
             found.append(None)
-        elif backend == "triton":
+        elif backend in ("triton", "native"):
             found.append(philox_keep(rows, own.dropout_p, draw_seed(x.device)).view(x.shape))
         else:
             drawn = stream_keep(rows, own.dropout_p, draw_seed("cpu"), x.device)

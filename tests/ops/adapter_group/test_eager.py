@@ -93,7 +93,7 @@ def test_values_and_gradients(backend, leading, k, kinds, dtype, same, names, un
     dys = gradients_for(members, x)
     if unused is not None and len(dys) > 1:
         dys[unused] = None
-    keeps = masks(x, members)
+    keeps = masks(x, members, backend)
     got = run(partial(adapter_group, backend=backend), x, members, dys, names)
     expected = exact(x, members, dys, keeps, names)
     # rounding of a sum that cancels is relative to its terms: x's gradient has one per member
@@ -111,7 +111,7 @@ def test_at_the_sizes_where_onednn_takes_over(backend, m, k, n, r, p, same):
     x, members = group({"n": n, "r": r}, {"n": 576, "r": r, "p": p}, {"r": r}, leading=(m,), k=k)
     members = shared(members) if same else members
     got = run(partial(adapter_group, backend=backend), x, members)
-    compare(got, exact(x, members, keeps=masks(x, members)), 1e-5, x, members)
+    compare(got, exact(x, members, keeps=masks(x, members, backend)), 1e-5, x, members)
 
 
 @pytest.mark.parametrize("backend", FORMS)
@@ -130,7 +130,7 @@ def test_an_output_that_is_not_kept_changes_no_gradient(backend, dtype, bias_siz
     members = [m._replace(keep_output=index == 1) for index, m in enumerate(kept)]
     call = partial(adapter_group, backend=backend)
     got, plain = run(call, x, members), run(call, x, kept)
-    expected = exact(x, members, keeps=masks(x, members))
+    expected = exact(x, members, keeps=masks(x, members, backend))
     compare(got, expected, 1e-5 if dtype == torch.float32 else 1e-12, x, members)
     for name in expected:
         if name not in ("0.out_scale", "2.out_scale"):

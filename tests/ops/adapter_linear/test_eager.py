@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fastlora.ops import adapter_linear, library
 from fastlora.ops.adapter_linear import BACKENDS
 from fastlora.ops.backend import Situation
-from fastlora.ops.dropout import draw_seed, keep_scale, stream_keep
+from fastlora.ops.dropout import draw_seed, keep_scale, philox_keep, stream_keep
 from tests.ops.adapter_linear.cases import NAMES, VECTORS, error, exact, operands, vectors
 
 CPU = torch.device("cpu")
@@ -34,14 +34,18 @@ def run(tensors, scaling, dy, backend, p=0.0, seed=3, **options):
     return {"y": y.detach()} | {n: t.grad for n, t in leaves.items() if t is not None}
 
 
-def mask(tensors, p, seed=3):
+def mask(tensors, p, backend, seed=3):
     """The mask the call above draws."""
     if p == 0.0:
         return {}
     torch.manual_seed(seed)
     x = tensors["x"]
     rows = x.numel() // x.shape[-1]
-    keep = stream_keep((rows, x.shape[-1]), p, draw_seed("cpu"), CPU)
+    shape = (rows, x.shape[-1])
+    if backend == "native":
+        keep = philox_keep(shape, p, draw_seed("cpu"))
+    else:
+        keep = stream_keep(shape, p, draw_seed("cpu"), CPU)
     return {"keep": keep.view(x.shape), "keep_scale": keep_scale(p)}
 
 
@@ -62,7 +66,7 @@ def test_values_and_gradients(backend, leading, k, n, r, bias, p, scaling, dtype
     tensors = operands(leading, k, n, r, bias, dtype)
     dy = torch.randn(*leading, n, generator=torch.Generator().manual_seed(9)).to(dtype)
     got = run(tensors, scaling, dy, backend, p)
-    expected = exact(tensors, scaling, dy, **mask(tensors, p))
+    expected = exact(tensors, scaling, dy, **mask(tensors, p, backend))
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     for name, value in expected.items():
         assert got[name].dtype == dtype and got[name].shape == value.shape
@@ -78,7 +82,7 @@ def test_at_the_sizes_where_onednn_takes_over(backend, m, k, n, r, p):
     tensors = operands((m,), k, n, r)
     dy = torch.randn(m, n, generator=torch.Generator().manual_seed(9))
     got = run(tensors, 2.0, dy, backend, p)
-    for name, value in exact(tensors, 2.0, dy, **mask(tensors, p)).items():
+    for name, value in exact(tensors, 2.0, dy, **mask(tensors, p, backend)).items():
         assert error(got[name], value) <= 1e-5, name
 
 
@@ -124,7 +128,7 @@ def test_half_precision(dtype, adapter_dtype, p):
     """The error stays within twice (backward: three times) the plain formula's in that dtype."""
     tensors = operands((40,), k=96, n=80, r=8, dtype=dtype, adapter_dtype=adapter_dtype)
     dy = torch.randn(40, 80, generator=torch.Generator().manual_seed(9)).to(dtype)
-    drawn = mask(tensors, p)
+    drawn = mask(tensors, p, "eager")
     got = run(tensors, 2.0, dy, "eager", p)
     expected = exact(tensors, 2.0, dy, **drawn)
     plain = exact_in(tensors, dtype, 2.0, dy, drawn)
@@ -153,7 +157,7 @@ def exact_in(tensors, dtype, scaling, dy, drawn, drop_base=False):
 def test_only_the_gradients_asked_for(backend, p):
     tensors = operands((6,))
     dy = torch.randn(6, 20, generator=torch.Generator().manual_seed(9))
-    expected = exact(tensors, 2.0, dy, **mask(tensors, p))
+    expected = exact(tensors, 2.0, dy, **mask(tensors, p, backend))
     for wanted in itertools.product([False, True], repeat=len(NAMES)):
         if not any(wanted):
             continue
@@ -213,7 +217,7 @@ def test_vectors(backend, leading, k, n, r, bias, which, zeros, p, drop_base, ke
     tensors |= vectors(tensors, which, zeros=zeros)
     dy = torch.randn(*leading, n, generator=torch.Generator().manual_seed(9)).to(dtype)
     got = run(tensors, 0.7, dy, backend, p, drop_base=drop_base, keep_output=keep_output)
-    expected = exact(tensors, 0.7, dy, **mask(tensors, p), drop_base=drop_base)
+    expected = exact(tensors, 0.7, dy, **mask(tensors, p, backend), drop_base=drop_base)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     for name, value in expected.items():
         assert got[name].dtype == dtype and got[name].shape == value.shape
@@ -237,7 +241,7 @@ def test_vectors_in_half_precision(
     tensors["x"] *= x_size
     tensors |= vectors(tensors, dtype=vector_dtype, zeros=True)
     dy = torch.randn(40, 80, generator=torch.Generator().manual_seed(9)).to(dtype)
-    drawn = mask(tensors, p)
+    drawn = mask(tensors, p, "eager")
     got = run(tensors, 2.0, dy, "eager", p, drop_base=drop_base, keep_output=keep_output)
     expected = exact(tensors, 2.0, dy, **drawn, drop_base=drop_base)
     plain = exact_in(tensors, dtype, 2.0, dy, drawn, drop_base)
@@ -259,7 +263,7 @@ def test_only_the_gradients_asked_for_with_vectors(backend, wanted, p, drop_base
     tensors = operands((6,))
     tensors |= vectors(tensors, zeros=True)
     dy = torch.randn(6, 20, generator=torch.Generator().manual_seed(9))
-    expected = exact(tensors, 2.0, dy, **mask(tensors, p), drop_base=drop_base)
+    expected = exact(tensors, 2.0, dy, **mask(tensors, p, backend), drop_base=drop_base)
     flags = dict(zip(tensors, wanted, strict=True))
     leaves = {n: t.detach().requires_grad_(flags[n]) for n, t in tensors.items()}
     torch.manual_seed(3)
@@ -306,7 +310,7 @@ def test_an_output_that_is_not_kept_changes_no_gradient(backend, dtype, bias_siz
     kept, got = (run(tensors, 0.7, dy, backend, p, keep_output=k) for k in (True, False))
     own, read = got.pop("out_scale"), kept.pop("out_scale")
     assert got.keys() == kept.keys() and all(torch.equal(got[n], kept[n]) for n in got)
-    expected = exact(tensors, 0.7, dy, **mask(tensors, p))["out_scale"]
+    expected = exact(tensors, 0.7, dy, **mask(tensors, p, backend))["out_scale"]
     tolerance = 1e-6 if dtype == torch.float32 else 1e-13
     assert error(own, expected) <= tolerance
     assert error(read, expected) <= 10 * tolerance

@@ -11,6 +11,7 @@ if library.missing():
     pytest.skip(library.missing(), allow_module_level=True)
 
 from fastlora.ops.adapter_linear import eager, native
+from fastlora.ops.dropout import philox_keep
 
 ISAS = library.core().isas()
 ROWS = st.sampled_from([0, 1, 3, 64, 65, 200])
@@ -44,6 +45,20 @@ def test_update(isa, m, n, r, scale, bias, layout):
     size = (out.double().abs() + a.double().abs() @ b.double().abs()) * abs(factor) + abs(added)
     native.update(out, a, b, g, shift, isa=isa)
     assert close(out, exact, size)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@given(
+    m=ROWS,
+    n=COLUMNS,
+    p=st.sampled_from([0.0, 1e-5, 0.1, 0.999999]),
+    seed=st.sampled_from([0, 1, -1, 2**62 + 12345, -(2**63)]),
+    layout=st.booleans(),
+)
+def test_draw_is_the_philox_mask(isa, m, n, p, seed, layout):
+    x, key = draw(m, n, columns=layout), torch.tensor([seed])
+    got = native.draw((m, n), p, key, torch.device("cpu"), isa=isa)(x)
+    assert torch.equal(got, torch.where(philox_keep((m, n), p, key), x, 0.0))
 
 
 @pytest.mark.parametrize("isa", ISAS)
