@@ -19,7 +19,8 @@ A speed-up is the median of the ratios within a round, with quartiles.
 
 "floor" is the larger of flops / rate and bytes / bandwidth, both measured here first, each operand
 moved once. Results go to bench/results/<device>/throughput.json and .png; what that file has of
-other cells, of the same code on the same device, stays there.
+other cells, of the same code on the same device, stays there. It is written after every cell, so
+that an interruption loses nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,17 +106,23 @@ def _main(argv: list[str] | None) -> int:
     measured = {dtype: here.measure_roof(args.device, getattr(torch, dtype)) for dtype in dtypes}
     print(_title(conditions), report.roofs(measured), sep="\n", flush=True)
 
-    rows, skipped = _run(args, cells, measured)
+    folder = Path(args.out) if args.out else RESULTS / here.folder_name(args.device)
+    before = report.kept(folder / FILE, conditions)
+    roofs = {dtype: here.as_data(roof) for dtype, roof in measured.items()}
+    roofs |= {f"{card} (datasheet)": here.as_data(roof) for card, roof in here.DATASHEETS.items()}
+
+    def save(rows: list[run.Row], skipped: dict[str, str]) -> None:
+        whole = [*report.others(before, rows), *rows]
+        report.write(folder / FILE, conditions, roofs, whole, skipped)
+
+    rows, skipped = _run(args, cells, measured, save)
+    save(rows, skipped)
+    kept = report.others(before, rows)
     print(report.table(rows))
     for text in (report.remarks(rows, skipped), report.summary(rows)):
         print("\n" + text if text else "")
     if old is not None:
         print("\n" + report.compare(conditions, rows, old))
-    folder = Path(args.out) if args.out else RESULTS / here.folder_name(args.device)
-    kept = report.kept(folder / FILE, conditions, rows)
-    roofs = {dtype: here.as_data(roof) for dtype, roof in measured.items()}
-    roofs |= {f"{card} (datasheet)": here.as_data(roof) for card, roof in here.DATASHEETS.items()}
-    report.write(folder / FILE, conditions, roofs, [*kept, *rows], skipped)
     beside = f" beside {len(kept)} rows of the same code and device" if kept else ""
     print(f"\nwritten {folder}/{FILE}{beside}", end="")
     try:
@@ -127,8 +135,12 @@ def _main(argv: list[str] | None) -> int:
 
 
 def _run(
-    args: argparse.Namespace, cells: list[tuple[Operation, Cell]], measured: dict[str, here.Roof]
+    args: argparse.Namespace,
+    cells: list[tuple[Operation, Cell]],
+    measured: dict[str, here.Roof],
+    save: Callable[[list[run.Row], dict[str, str]], None],
 ) -> tuple[list[run.Row], dict[str, str]]:
+    """Rows, and who was skipped for what; ``save`` is called after every cell."""
     rows: list[run.Row] = []
     skipped: dict[str, str] = {}
     try:
@@ -140,6 +152,7 @@ def _run(
                 skipped[cell.title] = found
             else:
                 rows += found
+            save(rows, skipped)
     except KeyboardInterrupt:
         print("interrupted: what follows is what was measured until then", file=sys.stderr)
     return rows, skipped

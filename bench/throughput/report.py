@@ -194,15 +194,19 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
         raise UserError(f"{path} is damaged: {error!r}") from None
 
 
-def kept(path: Path, conditions: dict[str, Any], rows: Sequence[Row]) -> list[Row]:
-    """The rows of an existing file that stay: of other cells, under the very same conditions."""
+def kept(path: Path, conditions: dict[str, Any]) -> list[Row]:
+    """The rows of an existing file that may stay: those under the very same conditions."""
     try:
         before, old = read(path)
     except UserError:
         return []
-    same = all(before.get(name) == conditions[name] for name in _MUST_AGREE)
+    return old if all(before.get(name) == conditions[name] for name in _MUST_AGREE) else []
+
+
+def others(old: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """Those of ``old`` that are of other cells or passes than ``rows``."""
     new = {(row.cell, row.which) for row in rows}
-    return [row for row in old if (row.cell, row.which) not in new] if same else []
+    return [row for row in old if (row.cell, row.which) not in new]
 
 
 def compare(

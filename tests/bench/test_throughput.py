@@ -13,6 +13,7 @@ from bench.throughput.case import Request
 from bench.throughput.operations import OPERATIONS
 from bench.throughput.shapes import MODELS, Model
 from fastlora.cli.errors import UserError
+from fastlora.ops import dropout
 from fastlora.ops.adapter_linear import eager, native, onednn
 from fastlora.ops.adapter_linear.contract import BACKENDS
 
@@ -143,7 +144,7 @@ def test_where_the_chosen_backend_is_broken_nothing_is_compared(module, monkeypa
 
 
 def test_a_mask_that_is_not_applied_is_seen(monkeypatch, tmp_path):
-    monkeypatch.setattr(eager, "drop", lambda x, noise, p: x)
+    monkeypatch.setattr(dropout, "drop", lambda x, noise, p: x)
     result = time_tiny(
         tmp_path, "--op", "adapter_linear", "--layers", "q", "--dropout", "0.3", "--m", "40"
     )
@@ -317,6 +318,23 @@ def test_rows_of_other_cells_stay_only_under_the_same_conditions(tmp_path, monke
     monkeypatch.setattr(here, "commit", lambda: "another")
     result = time_tiny(tmp_path, "--op", "weight_norm", "--layers", "gate")
     assert {row["layer"] for row in result["rows"]} == {"gate"}
+
+
+def test_what_was_measured_before_a_crash_is_in_the_file(tmp_path, monkeypatch):
+    measure, calls = run.measure, []
+
+    def crashing(operation, cell, *rest):
+        calls.append(cell)
+        if len(calls) == 2:
+            raise MemoryError
+        return measure(operation, cell, *rest)
+
+    monkeypatch.setattr(run, "measure", crashing)
+    with pytest.raises(MemoryError):
+        time_tiny(tmp_path, "--op", "weight_norm", "--layers", "q,gate")
+    assert len(calls) == 2 and calls[0] != calls[1]
+    _, rows = report.read(tmp_path / "throughput.json")
+    assert {row.cell for row in rows} == {calls[0]}
 
 
 def test_a_row_survives_its_file(tmp_path):

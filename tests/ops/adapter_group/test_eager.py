@@ -244,3 +244,17 @@ def test_the_gradient_of_out_scale_where_y_does_not_show_it(size, bias, same):
         wanted = expected[f"{index}.out_scale"]
         allowed = 1e-5 * wanted.abs().max() * dy.double().abs().amax(0)
         assert ((got[f"{index}.out_scale"].double() - wanted).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("backend", FORMS)
+@pytest.mark.parametrize("leading", [(1,), (2, 2)])
+def test_members_of_few_rows_go_one_by_one_with_the_same_results(backend, leading):
+    x, members = group({"p": 0.3}, {"n": 33, "bias": True}, {"p": 0.5}, leading=leading, k=70)
+    got = run(partial(adapter_group, backend=backend), x, members)
+    compare(got, exact(x, members, keeps=masks(x, members, backend)), 1e-5, x, members)
+    leaf = x.detach().requires_grad_()
+    names = [y.grad_fn.name() for y in adapter_group(leaf, members, backend=backend)]
+    assert not any("AdapterGroup" in name for name in names)
+    _, scaled = group({"which": ("mid_scale",)}, {}, leading=leading, k=70)
+    names = [y.grad_fn.name() for y in adapter_group(leaf, scaled, backend=backend)]
+    assert any("AdapterGroup" in name for name in names)

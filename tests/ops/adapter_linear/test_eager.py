@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fastlora.ops import adapter_linear, library
 from fastlora.ops.adapter_linear import BACKENDS
+from fastlora.ops.adapter_linear.reference import adapter_linear_reference
 from fastlora.ops.backend import Situation
 from fastlora.ops.dropout import draw_seed, keep_scale, philox_keep, stream_keep
 from tests.ops.adapter_linear.cases import NAMES, VECTORS, error, exact, operands, vectors
@@ -353,3 +354,62 @@ def test_no_unwritten_memory_shows_with_vectors(backend, drop_base, poison):
     got = run(tensors, 2.0, torch.ones(70, 67), backend, 0.3, drop_base=drop_base)
     for name, value in got.items():
         assert torch.isfinite(value).all(), name
+
+
+@pytest.mark.parametrize("backend", FORMS)
+@pytest.mark.parametrize("leading", [(1,), (4,), (2, 2), (1, 3), ()])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_few_rows_are_plain_pytorch_with_the_same_results(backend, leading, bias, p):
+    tensors = operands(leading, k=130, n=70, r=5, bias=bias)
+    dy = torch.randn(*leading, 70, generator=torch.Generator().manual_seed(9))
+    got = run(tensors, 2.0, dy, backend, p)
+    for name, value in exact(tensors, 2.0, dy, **mask(tensors, p, backend)).items():
+        assert error(got[name], value) <= 1e-5, name
+    leaves = {n: None if t is None else t.detach().requires_grad_() for n, t in tensors.items()}
+    y = adapter_linear(scaling=2.0, dropout_p=p, backend=backend, **leaves)
+    assert "AddmmBackward0" in nodes(y) and "AdapterLinear" not in nodes(y)
+
+
+def nodes(y):
+    """The names of all nodes of y's graph."""
+    found, todo = set(), [y.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None:
+            found.add(node.name())
+            todo += [following for following, _ in node.next_functions]
+    return " ".join(found)
+
+
+@pytest.mark.parametrize("backend", FORMS)
+def test_more_rows_or_vectors_or_another_dtype_go_through_the_function(backend):
+    def graph(rows, dtype=torch.float32, which=()):
+        tensors = operands((rows,), dtype=dtype)
+        tensors |= vectors(tensors, which) if which else {}
+        leaves = {n: t.requires_grad_() for n, t in tensors.items()}
+        return nodes(adapter_linear(scaling=2.0, backend=backend, **leaves))
+
+    assert "AdapterLinear" not in graph(4)
+    assert "AdapterLinear" in graph(5)
+    assert "AdapterLinear" in graph(1, which=["mid_scale"])
+    if backend == "eager":
+        assert "AdapterLinear" in graph(1, torch.float64)
+
+
+def test_only_few_rows_have_a_second_derivative():
+    for count in (4, 5):
+        tensors = operands((count,), bias=False)
+        leaves = {n: t.requires_grad_() for n, t in tensors.items() if t is not None}
+        y = adapter_linear(scaling=2.0, bias=None, **leaves)
+        (dx,) = torch.autograd.grad(y.square().sum(), leaves["x"], create_graph=True)
+        if count == 5:
+            with pytest.raises(RuntimeError, match="differentiate twice"):
+                dx.sum().backward()
+            continue
+        (got,) = torch.autograd.grad(dx.square().sum(), leaves["lora_A"])
+        wide = {n: t.detach().double().requires_grad_() for n, t in leaves.items()}
+        exactly = adapter_linear_reference(scaling=2.0, bias=None, **wide)
+        (dx,) = torch.autograd.grad(exactly.square().sum(), wide["x"], create_graph=True)
+        (expected,) = torch.autograd.grad(dx.square().sum(), wide["lora_A"])
+        assert error(got, expected) <= 1e-5
