@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import statistics
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.device import DATASHEETS, Roof
 from bench.measure import spread
@@ -20,14 +21,16 @@ _BARS = 40  # at most
 def draw(
     path: Path, conditions: dict[str, Any], measured: dict[str, Roof], rows: Sequence[Row]
 ) -> None:
-    """Left the roofline of the commonest dtype, right a bar for each whole pass."""
+    """Left a bar for the whole passes of an operation, right the roofline of the commonest dtype.
+
+    As wide as a README shows it, for letters that can be read there.
+    """
     from matplotlib.figure import Figure
 
-    whole = [row for row in rows if row.which not in ("forward", "backward") and row.speedups()]
-    bars = _evenly(whole, _BARS)
+    bars = _evenly(grouped(rows), _BARS)
     height = max(4.6, 1.8 + 0.19 * len(bars))
-    figure = Figure(figsize=(12.5, height), dpi=140, facecolor="white")
-    left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
+    figure = Figure(figsize=(9, height), dpi=180, facecolor="white")
+    right, left = figure.subplots(1, 2)
     dtypes = [row.cell.dtype for row in rows]
     dtype = max(set(dtypes), key=dtypes.count)
     own = [row for row in rows if row.which != BOTH and row.cell.dtype == dtype]
@@ -38,10 +41,10 @@ def draw(
         axes.spines[["left", "bottom"]].set_color("#c9ced4")
         axes.tick_params(colors=_MUTED, labelsize=8)
     figure.text(
-        0.012, 0.012, "\n".join(textwrap.wrap(caption(conditions), 190)), fontsize=7, color=_MUTED,
+        0.012, 0.012, "\n".join(textwrap.wrap(caption(conditions), 150)), fontsize=7, color=_MUTED,
         va="bottom",
     )  # fmt: skip
-    figure.tight_layout(rect=(0, 0.5 / height, 1, 1), w_pad=2.5)
+    figure.tight_layout(rect=(0, 0.6 / height, 1, 1), w_pad=1.5)
     beside = path.with_name("." + path.name)
     figure.savefig(beside, format="png")
     os.replace(beside, path)
@@ -93,38 +96,58 @@ def _roofline(axes: Any, roof: Roof, rows: Sequence[Row], dtype: str, on_gpu: bo
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("FLOP a byte that must move", color=_MUTED, fontsize=9)
-    axes.set_title(f"GFLOP/s, {dtype}, forward and backward", loc="left", fontsize=10.5, color=_INK)
+    axes.set_title(f"GFLOP/s, {dtype}, forward and backward", loc="left", fontsize=9.5, color=_INK)
     axes.grid(color="#eceff2")
     axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=8, labelcolor=_INK, loc="lower right")
 
 
-def _speedups(axes: Any, rows: Sequence[Row]) -> None:
-    names, middles, errors = [], [], []
-    for row in rows:
-        low, middle, high = spread(row.speedups())
-        cell = row.cell
-        said = [cell.op.replace("adapter_", ""), cell.model, cell.layer]
-        said += [f"M={cell.m}"] if cell.m else []
-        said += [f"r={cell.rank}"] + ([f"p={cell.dropout:g}"] if cell.dropout else [])
-        names.append(" ".join(said))
-        middles.append(middle)
-        errors.append((middle - low, high - middle))
-    places = list(range(len(rows)))
-    axes.barh(
-        places, middles, xerr=list(zip(*errors, strict=True)) or None, height=0.7,
-        color=_COLOURS["ours"], ecolor=_MUTED, error_kw={"lw": 0.9},
-    )  # fmt: skip
+def _speedups(axes: Any, groups: Sequence[Group]) -> None:
+    names = []
+    for place, group in enumerate(groups):
+        names.append(group.name)
+        middles = [spread(row.speedups()).median for row in group.rows]
+        axes.barh(place, statistics.geometric_mean(middles), height=0.7, color=_COLOURS["ours"])
+        for row, middle in zip(group.rows, middles, strict=True):
+            low, _, high = spread(row.speedups())
+            axes.plot([low, high], [place, place], color=_INK, lw=0.8, alpha=0.35)
+            axes.plot([middle], [place], "o", ms=2.6, color=_INK, mew=0)
     axes.axvline(1.0, color=_INK, lw=1, ls=(0, (4, 3)))
-    axes.set_yticks(places, names)
-    axes.invert_yaxis()
-    axes.tick_params(axis="y", labelsize=6.5, length=0)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    title = "times as fast as peft (svd: torch), forward + backward"
-    axes.set_title(title, loc="left", fontsize=10.5, color=_INK)
+    axes.set_yticks(range(len(groups)), names)
+    axes.tick_params(axis="y", labelsize=8, length=0)
+    axes.set_ylim(len(groups) - 0.4, -0.6)
+    axes.set_xlim(left=0)
+    title = "times as fast as peft (svd: torch),\nforward + backward; a dot a layer"
+    axes.set_title(title, loc="left", fontsize=9.5, color=_INK)
 
 
-def _evenly(rows: Sequence[Row], most: int) -> list[Row]:
-    if len(rows) <= most:
-        return list(rows)
-    return [rows[i * len(rows) // most] for i in range(most)]
+class Group(NamedTuple):
+    """The rows of one bar: an operation at one model, M, rank and dropout."""
+
+    name: str
+    rows: list[Row]
+
+
+def grouped(rows: Sequence[Row]) -> list[Group]:
+    """Whole passes with a speed-up, all layers of a bar together, in the order of the rows."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row.which not in ("forward", "backward") and row.speedups():
+            cell = row.cell
+            key = (cell.op, cell.model, cell.m, cell.rank, cell.dropout, cell.dtype)
+            found.setdefault(key, []).append(row)
+    ranks = {key[3] for key in found if key[3]}
+    groups = []
+    for (op, model, m, rank, dropout, _), own in found.items():
+        said = [op.removeprefix("adapter_"), model]
+        said += [f"M={m}"] if m else []
+        said += [f"r={rank}"] if rank and len(ranks) > 1 else []
+        said += [f"p={dropout:g}"] if dropout else []
+        groups.append(Group(" ".join(said), own))
+    return groups
+
+
+def _evenly(groups: Sequence[Group], most: int) -> list[Group]:
+    if len(groups) <= most:
+        return list(groups)
+    return [groups[i * len(groups) // most] for i in range(most)]
