@@ -12,8 +12,9 @@ proportion ("a token": bytes saved beyond the frozen model, for each token and b
 whole model need not be there. (On tensors without data, of the meta device, ours takes another way
 than in training, and peft's does not run.)
 
-Where a method cannot be measured, that is said and the rest goes on; the exit status is then 1, as
-it is if ours keeps more than peft's.
+With --json the figures are written after every method, beside those of other models that the file
+has of the same conditions. Where a method cannot be measured, that is said and the rest goes on;
+the exit status is then 1, as it is if ours keeps more than peft's.
 """
 
 from __future__ import annotations
@@ -124,6 +125,28 @@ def table(rows: dict[str, dict[str, dict[str, int]]], share: int) -> str:
     return "\n".join(lines)
 
 
+def kept(path: Path, conditions: dict[str, Any]) -> dict[str, Any]:
+    """The models of an existing file, if it was written under the same conditions."""
+    try:
+        old = json.loads(path.read_text())
+        same = old["format"] == FORMAT and old["conditions"] == conditions
+        return dict(old["models"]) if same else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def write(
+    path: Path, conditions: dict[str, Any], figures: dict[str, Any], problems: list[str]
+) -> None:
+    result = {
+        "format": FORMAT,
+        "conditions": conditions,
+        "models": figures,
+        "problems": problems,
+    }
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measures, prints, returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
@@ -149,10 +172,18 @@ def main(argv: list[str] | None = None) -> int:
 
     problems: list[str] = []
     figures: dict[str, Any] = {}
+    conditions = {
+        "dropout": args.dropout,
+        "counted": memory.CPU_METHOD,
+        "device": devices()[0]["name"],
+        "versions": {name: own for name, own in versions().items() if own},
+    }
+    known = kept(Path(args.json), conditions) if args.json else {}
     for key in models:
         subject = MODELS[key](args.blocks, args.tokens)
         print(subject.title)
         rows: dict[str, dict[str, dict[str, int]]] = {}
+        figures[key] = {"title": subject.title, "bytes": rows}
         for name in methods:
             print(f"\r{key}: {name:<20}", end="", file=sys.stderr, flush=True)
             try:
@@ -164,25 +195,12 @@ def main(argv: list[str] | None = None) -> int:
             ours, theirs = (rows[name][side]["saved"] for side in (contest.FASTLORA, contest.PEFT))
             if ours > theirs:
                 problems.append(f"{key}, {name}: ours keeps {ours} bytes, peft's {theirs}")
+            if args.json:  # after every method, for the next may take long
+                write(Path(args.json), conditions, known | figures, problems)
         print(file=sys.stderr)
         if rows:
             blocks = len(subject.base.model.layers)
             print(table(rows, subject.batch.numel() * blocks))
-        figures[key] = {"title": subject.title, "bytes": rows}
-        if args.json:  # after every model, for the next may take long
-            result = {
-                "format": FORMAT,
-                "conditions": {
-                    "dropout": args.dropout,
-                    "counted": memory.CPU_METHOD,
-                    "device": devices()[0]["name"],
-                    "versions": {name: own for name, own in versions().items() if own},
-                },
-                "models": figures,
-                "problems": problems,
-            }
-            text = json.dumps(result, indent=1, ensure_ascii=False)
-            Path(args.json).write_text(text + "\n")
     for problem in problems:
         print(problem)
     return 1 if problems else 0

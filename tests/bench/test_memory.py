@@ -16,9 +16,10 @@ from fastlora.cli.demo import contest
 def small(monkeypatch, tiny_llama):
     """A llama of two blocks in place of Llama-3-8B's."""
 
-    def subject(blocks, tokens=64):
+    def subject(blocks, tokens):
         base = tiny_llama(num_hidden_layers=blocks or 2).requires_grad_(False)
-        return memory.Subject("a small llama", base, torch.zeros(1, tokens, dtype=torch.long))
+        batch = torch.zeros(1, tokens or 64, dtype=torch.long)
+        return memory.Subject("a small llama", base, batch)
 
     monkeypatch.setitem(memory.MODELS, "small", subject)
     return subject
@@ -77,6 +78,23 @@ def test_keeping_more_than_peft_fails(small, monkeypatch, capsys):
     monkeypatch.setattr(memory, "measure", lambda *args: row)
     assert memory.main(["--models", "small", "--methods", "lora"]) == 1
     assert "small, lora: ours keeps 12 bytes, peft's 11" in capsys.readouterr().out
+
+
+def test_a_file_keeps_other_models_of_the_same_conditions(small, monkeypatch, tmp_path):
+    monkeypatch.setitem(memory.MODELS, "other", small)
+    row = {side: {"saved": 10, "peak": 20} for side in ("frozen", "peft", "fastlora")}
+    monkeypatch.setattr(memory, "measure", lambda *args: row)
+    file = tmp_path / "memory.json"
+
+    def models(*options):
+        assert memory.main(["--methods", "lora", "--json", str(file), *options]) == 0
+        return list(json.loads(file.read_text())["models"])
+
+    assert models("--models", "small") == ["small"]
+    assert models("--models", "other") == ["small", "other"]
+    assert models("--models", "small", "--dropout", "0.1") == ["small"]
+    file.write_text("[")
+    assert models("--models", "other") == ["other"]
 
 
 def test_names_off_by_a_letter(capsys):

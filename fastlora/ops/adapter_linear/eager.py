@@ -189,8 +189,8 @@ def few_rows(
         keep = draw((x.shape[0], x.shape[1]), dropout_p, seed, x.device)
         inner = x * keep(x.new_ones(()).expand(x.shape))
         scaling *= keep_scale(dropout_p)
-    y = linear(x, weight, bias)
-    return torch.addmm(y, linear(inner, lora_A), lora_B.t(), alpha=scaling)
+    update = linear(linear(inner, lora_A), lora_B)
+    return torch.add(linear(x, weight, bias), update, alpha=scaling)
 
 
 def composite(

@@ -368,7 +368,7 @@ def test_few_rows_are_plain_pytorch_with_the_same_results(backend, leading, bias
         assert error(got[name], value) <= 1e-5, name
     leaves = {n: None if t is None else t.detach().requires_grad_() for n, t in tensors.items()}
     y = adapter_linear(scaling=2.0, dropout_p=p, backend=backend, **leaves)
-    assert "AddmmBackward0" in nodes(y) and "AdapterLinear" not in nodes(y)
+    assert "AdapterLinear" not in nodes(y)
 
 
 def nodes(y):
