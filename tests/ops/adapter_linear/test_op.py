@@ -418,7 +418,7 @@ def test_the_kernels_give_every_gradient_with_vectors(p, drop_base, keep_output)
 
 
 def test_a_second_derivative_is_refused():
-    t = {n: v.requires_grad_() for n, v in operands((3,)).items()}
+    t = {n: v.requires_grad_() for n, v in operands((5,)).items()}
     (gradient,) = torch.autograd.grad(
         adapter_linear(scaling=2.0, **t).square().sum(), t["lora_A"], create_graph=True
     )
