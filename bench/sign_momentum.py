@@ -31,7 +31,8 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,31 +60,54 @@ CASES = {
 }
 
 
-class _Foreach:
+class Foreach:
     """lion-pytorch's rule (lerp, sign, lerp) by the calls its foreach optimizer makes."""
 
-    def __init__(self, params: list[Tensor]) -> None:
-        self.params = params
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        lr: float = LR,
+        betas: tuple[float, float] = BETAS,
+        weight_decay: float = DECAY,
+    ) -> None:
+        self.params = list(params)
+        self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.momenta = [torch.zeros_like(param) for param in params]
 
     @torch.no_grad()
     def step(self) -> None:
         grads = [param.grad for param in self.params]
-        torch._foreach_mul_(self.params, 1 - LR * DECAY)
+        torch._foreach_mul_(self.params, 1 - self.lr * self.weight_decay)
         updates = [momentum.clone() for momentum in self.momenta]
-        torch._foreach_lerp_(updates, grads, 1 - BETAS[0])
+        torch._foreach_lerp_(updates, grads, 1 - self.betas[0])
         torch._foreach_sign_(updates)
-        torch._foreach_add_(self.params, updates, alpha=-LR)
-        torch._foreach_lerp_(self.momenta, grads, 1 - BETAS[1])
+        torch._foreach_add_(self.params, updates, alpha=-self.lr)
+        torch._foreach_lerp_(self.momenta, grads, 1 - self.betas[1])
 
 
-def lion_pytorch(params: list[Tensor]) -> tuple[Any, str]:
+def lion_pytorch(
+    params: Sequence[Tensor],
+    lr: float = LR,
+    betas: tuple[float, float] = BETAS,
+    weight_decay: float = DECAY,
+) -> tuple[Any, str]:
     """The optimizer, and what it is."""
     try:
         from lion_pytorch.foreach import Lion
     except ImportError:
-        return _Foreach(params), "its rule"
-    return Lion(params, lr=LR, betas=BETAS, weight_decay=DECAY), "the package"
+        return Foreach(params, lr, betas, weight_decay), "its rule"
+    return Lion(params, lr=lr, betas=betas, weight_decay=weight_decay), "the package"
+
+
+@contextmanager
+def as_reference() -> Iterator[None]:
+    """``sign_momentum`` computes by the reference, whatever backend is asked for."""
+    select = op._backend.select
+    op._backend.select = lambda *_: reference  # type: ignore[assignment,return-value]
+    try:
+        yield
+    finally:
+        op._backend.select = select
 
 
 class Ours:
@@ -136,16 +160,12 @@ OURS = {
 def check(shapes: list[tuple[int, int]]) -> list[str]:
     """What is wrong, as sentences."""
     wrong = []
-    select = op._backend.select
     for name, how in OURS.items():
         own, plain = Ours(shapes, *how), Ours(shapes, *how)
         for _ in range(2):
             own.step()
-            op._backend.select = lambda *_: reference
-            try:
+            with as_reference():
                 plain.step()
-            finally:
-                op._backend.select = select
         if own.bytes() != plain.bytes():
             wrong.append(f"{name} is not the reference to the bit")
         if name == "native":

@@ -15,6 +15,7 @@ A speed-up is the median of the ratios within a round, with quartiles.
     merged        the layer with B A added to its weight: forward only
     plain         the formula as peft writes it; compiled: the same through torch.compile
     peft, …       other packages' own layers, where they are installed
+    adamw-fused   torch's AdamW(fused=True), beside Lion; copy: as many bytes, copied
     fastlora-X    ours on backend X; * marks what is taken automatically
 
 "floor" is the larger of flops / rate and bytes / bandwidth, both measured here first, each operand

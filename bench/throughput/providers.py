@@ -25,8 +25,9 @@ RIVALS = {
 }
 # every name that --providers takes; "fastlora" means all of its backends
 NAMES = (
-    *("bare", "bare-onednn", "merged", "plain", "compiled"),
+    *("bare", "bare-onednn", "merged", "plain", "compiled", "copy"),
     *RIVALS,
+    "adamw-fused",
     *("fastlora", "fastlora-triton", "fastlora-native", "fastlora-onednn", "fastlora-eager"),
 )
 

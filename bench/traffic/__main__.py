@@ -64,7 +64,7 @@ class Row:
 
 def count(case: Case, card: cards.Card) -> Row:
     """Runs a case and judges what it did."""
-    with counted() as launches:
+    with counted(case.inputs) as launches:
         results = list(case.run())
     if not launches:
         raise RuntimeError(f"{case.name!r} launched no kernel")

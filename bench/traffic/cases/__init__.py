@@ -4,8 +4,8 @@ Each has ``cases(shape)``, what may be run at a shape, and ``on(card)``, a conte
 operation's launchers take the tiles of that card though they run in the interpreter.
 """
 
-from bench.traffic.cases import adapter_linear, weight_norm
+from bench.traffic.cases import adapter_linear, sign_momentum, weight_norm
 
-PROVIDERS = (adapter_linear, weight_norm)
+PROVIDERS = (adapter_linear, weight_norm, sign_momentum)
 
 __all__ = ["PROVIDERS"]

@@ -27,7 +27,8 @@ class Shape:
 @dataclass(frozen=True)
 class Case:
     """``run`` makes the launches and returns what they were asked for: with ``inputs`` (by the
-    kernels' names for them) that is the floor, each read or written once.
+    kernels' names for them, or, where a kernel finds them by address, by any) that is the floor,
+    each read or written once.
 
     passes: the inputs that are large, and how often the kernels may ask for each: more than once
     only where it comes from the L2 cache after the first time. parts: bytes of partial sums, as the

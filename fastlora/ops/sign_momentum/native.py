@@ -49,7 +49,7 @@ def update(job: Job, table: Any = None, isa: str = "") -> Tensor | None:
     table.run(
         job.a, job.b, job.c, job.d,
         *_numbers(job.lr, job.weight_decay, job.floor),
-        None if job.relative is None else bytes(_KINDS[kind] for kind in job.relative),
+        None if job.relative is None else bytes(map(_KINDS.__getitem__, job.relative)),
         rows, job.mask_momentum, job.shrink, job.centers or [], address(job.skip),
         address(lost), job.moves, drawn, torch.get_num_threads(), isa,
     )  # fmt: skip
@@ -67,4 +67,4 @@ def _numbers(*lists: Sequence[Number]) -> list[list[float]]:
     """Each as numbers, one for all tensors where no list has more."""
     if all(not one or one.count(one[0]) == len(one) for one in lists):
         return [[float(one[0])] if one else [0.0] for one in lists]
-    return [[float(value) for value in one] for one in lists]
+    return [list(map(float, one)) for one in lists]

@@ -2,15 +2,16 @@
 
 ``update`` walks over chunks of all tensors at once. Where a rate is relative to its tensor, or a
 gradient must be finite, ``survey`` looks at the chunks before, and ``finish`` adds up what it saw,
-tensor by tensor, in a fixed order. One launch serves tensors of the same dtypes; kernels are
-compiled without fused multiply-adds, so that results equal the other backends' to the bit. bfloat16
-is taken apart by its bits, which the interpreter rounds rightly. Masked rows and rates by row go to
-the eager way.
+tensor by tensor, in a fixed order; where rates are relative to rows, ``rows`` has made them before.
+One launch serves tensors of the same dtypes; kernels are compiled without fused multiply-adds, so
+that results equal the other backends' to the bit. bfloat16 is taken apart by its bits, which the
+interpreter rounds rightly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,19 +19,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora.ops.sign_momentum import eager
 from fastlora.ops.sign_momentum.contract import Job, Momentum, Number, keys
 from fastlora.ops.sign_momentum.eight_bit import EightBit
 from fastlora.ops.sign_momentum.strided import row_major, say_written
 
 BLOCK = 2048  # elements a program takes; a multiple of EightBit's block
 WARPS = 4
+ROW = 1024  # elements of a row that ``rows`` takes at once
+_KINDS = {None: 0, "tensor": 1, "rows": 2}  # the kernels' TENSOR and ROWS
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", None: ""}
 
 # --------------------------------------------------------------------------------------- kernels
 
-# Columns of the table: param, grad, momentum, scales, count, first chunk, last chunk + 1
-COLUMNS = tl.constexpr(7)
+# Columns of the table: param, grad, momentum, scales, count, first chunk, last chunk + 1, and the
+# elements of a row (the last axis)
+COLUMNS = tl.constexpr(8)
+# What a rate is relative to; 0: nothing
+TENSOR, ROWS = tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
@@ -81,6 +86,7 @@ def _store(
 def sign_momentum_survey_kernel(
     table_ptr,
     chunks_ptr,
+    kinds_ptr,
     sums_ptr,
     finite_ptr,
     P_TYPE: tl.constexpr,
@@ -88,7 +94,8 @@ def sign_momentum_survey_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # sums[chunk] = sum of param^2 (fp64), finite[chunk] = whether all of grad is
+    # sums[chunk] = sum of param^2 (fp64) where the rate is relative to the tensor,
+    # finite[chunk] = whether all of grad is
     at = tl.program_id(0).to(tl.int64)
     entry = tl.load(chunks_ptr + at * 2)
     first = tl.multiple_of(tl.load(chunks_ptr + at * 2 + 1), BLOCK)
@@ -96,12 +103,27 @@ def sign_momentum_survey_kernel(
     offsets = first + tl.arange(0, BLOCK)
     mask = offsets < tl.load(row + 4)
     if P_TYPE != "":
-        p = _load(tl.load(row), offsets, mask, P_TYPE, ALIGNED).to(tl.float64)
-        tl.store(sums_ptr + at, tl.sum(p * p, axis=0))
+        if tl.load(kinds_ptr + entry) == TENSOR:
+            p = _load(tl.load(row), offsets, mask, P_TYPE, ALIGNED).to(tl.float64)
+            tl.store(sums_ptr + at, tl.sum(p * p, axis=0))
     if G_TYPE != "":
         g = _load(tl.load(row + 1), offsets, mask, G_TYPE, ALIGNED)
         bad = (g.to(tl.uint32, bitcast=True) & 0x7F800000) == 0x7F800000
         tl.store(finite_ptr + at, 1 - tl.max(bad.to(tl.int32), axis=0))
+
+
+@triton.jit
+def _put_rates(rates_ptr, given_ptr, squares, count, relative):
+    # rates: eta, w (fp32) of given: lr, decay, floor (fp64) and the sum of count squares
+    eta = tl.load(given_ptr)
+    if relative:
+        count = tl.maximum(count, 1).to(tl.float64)
+        rms = tl.sqrt(squares / count).to(tl.float32).to(tl.float64)
+        floor = tl.load(given_ptr + 2)
+        eta *= tl.where(rms < floor, floor, rms)
+    tl.store(rates_ptr, eta.to(tl.float32))
+    w = 1.0 - eta * tl.load(given_ptr + 1)
+    tl.store(rates_ptr + 1, w.to(tl.float32))
 
 
 @triton.jit
@@ -119,25 +141,46 @@ def sign_momentum_finish_kernel(
     # given [tensors, 3]: lr, decay, floor (fp64) -> rates [tensors, 2]: eta, w (fp32)
     entry = tl.program_id(0).to(tl.int64)
     row = table_ptr + entry * COLUMNS
-    total = tl.full((), 0.0, tl.float64)
-    finite = tl.full((), 1, tl.int32)
-    for at in range(tl.load(row + 5), tl.load(row + 6)):
-        if HAS_SUMS:
-            total += tl.load(sums_ptr + at)
-        if HAS_FINITE:
-            finite = tl.minimum(finite, tl.load(finite_ptr + at))
+    first, last = tl.load(row + 5), tl.load(row + 6)
     if HAS_FINITE:
+        finite = tl.full((), 1, tl.int32)
+        for at in range(first, last):
+            finite = tl.minimum(finite, tl.load(finite_ptr + at))
         tl.store(lost_ptr + entry, (1 - finite).to(tl.int8))
     if HAS_SUMS:
-        eta = tl.load(given_ptr + entry * 3)
-        if tl.load(kinds_ptr + entry) != 0:
-            count = tl.maximum(tl.load(row + 4), 1).to(tl.float64)
-            rms = tl.sqrt(total / count).to(tl.float32).to(tl.float64)
-            floor = tl.load(given_ptr + entry * 3 + 2)
-            eta *= tl.where(rms < floor, floor, rms)
-        tl.store(rates_ptr + entry * 2, eta.to(tl.float32))
-        w = 1.0 - eta * tl.load(given_ptr + entry * 3 + 1)
-        tl.store(rates_ptr + entry * 2 + 1, w.to(tl.float32))
+        total = tl.full((), 0.0, tl.float64)
+        kind = tl.load(kinds_ptr + entry)
+        if kind == TENSOR:
+            for at in range(first, last):
+                total += tl.load(sums_ptr + at)
+        _put_rates(
+            rates_ptr + entry * 2, given_ptr + entry * 3, total, tl.load(row + 4), kind == TENSOR
+        )
+
+
+@triton.jit
+def sign_momentum_rows_kernel(
+    table_ptr,
+    entries_ptr,
+    starts_ptr,
+    given_ptr,
+    row_rates_ptr,
+    P_TYPE: tl.constexpr,
+    ROW: tl.constexpr,
+):
+    # row_rates[row] = eta, w (fp32) by the row's own size; entries: whose rows these are,
+    # starts[entry]: which of them is its first
+    at = tl.program_id(0).to(tl.int64)
+    entry = tl.load(entries_ptr + at)
+    row = table_ptr + entry * COLUMNS
+    count = tl.load(row + 7)
+    first = (at - tl.load(starts_ptr + entry)) * count
+    sums = tl.zeros((ROW,), tl.float64)
+    for begin in range(0, count, ROW):
+        within = begin + tl.arange(0, ROW)
+        p = _load(tl.load(row), first + within, within < count, P_TYPE, False).to(tl.float64)
+        sums += p * p
+    _put_rates(row_rates_ptr + at * 2, given_ptr + entry * 3, tl.sum(sums, axis=0), count, True)
 
 
 @triton.jit(do_not_specialize=["a", "b", "c", "d", "shrink"])
@@ -145,6 +188,9 @@ def sign_momentum_update_kernel(
     table_ptr,
     chunks_ptr,
     rates_ptr,
+    starts_ptr,
+    row_rates_ptr,
+    masks_ptr,
     skip_ptr,
     lost_ptr,
     centers_ptr,
@@ -161,6 +207,9 @@ def sign_momentum_update_kernel(
     HAS_SKIP: tl.constexpr,
     SHRINKS: tl.constexpr,
     RANDOM: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    MASKED: tl.constexpr,
+    MASKS_MOMENTUM: tl.constexpr,
     ALIGNED: tl.constexpr,
     STEP: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -173,6 +222,18 @@ def sign_momentum_update_kernel(
     row = table_ptr + entry * COLUMNS
     offsets = first + tl.arange(0, BLOCK)
     mask = offsets < tl.load(row + 4)
+    rows = offsets
+    if BY_ROW or MASKED:
+        rows = offsets // tl.load(row + 7)
+    moving = mask  # what of the parameter may be written
+    if MASKED:
+        own = tl.load(masks_ptr + entry)
+        if own != 0:
+            at_row = own.to(tl.pointer_type(tl.int8)) + rows
+            moving = tl.load(at_row, mask=mask, other=0) != 0
+    folding = mask  # what is needed of momentum and gradient
+    if MASKS_MOMENTUM or G_TYPE == "":
+        folding = moving
     random = tl.zeros((BLOCK,), tl.uint32)
     if RANDOM:
         random = offsets.to(tl.uint32) + tl.load(keys_ptr + entry * 2).to(tl.uint32)
@@ -188,7 +249,7 @@ def sign_momentum_update_kernel(
         kept = tl.load(lost_ptr + entry) == 0
         if P_TYPE != "":
             # of a tensor that is not lost nothing is read and nothing written
-            lost = mask & (tl.load(lost_ptr + entry) != 0)
+            lost = moving & (tl.load(lost_ptr + entry) != 0)
             center = tl.load(centers_ptr + entry)
             p = _load(tl.load(row), offsets, lost, P_TYPE, ALIGNED)
             p = (p - center) * shrink + center
@@ -202,13 +263,14 @@ def sign_momentum_update_kernel(
             q = codes.to(tl.float32)
             m = q * tl.abs(q) * STEP * scales
         else:
-            m = _load(momentum, offsets, mask, M_TYPE, ALIGNED)
+            m = _load(momentum, offsets, folding, M_TYPE, ALIGNED)
         v = m
         if G_TYPE != "":
-            g = _load(tl.load(row + 1), offsets, mask, G_TYPE, ALIGNED)
+            g = _load(tl.load(row + 1), offsets, folding, G_TYPE, ALIGNED)
             v = a * m + b * g
             new = c * m + d * g
             if M_TYPE == "q8":
+                new = tl.where(folding, new, m)  # what is encoded again gives the same code
                 # a NaN's bits are above those of any number
                 size = tl.where(mask, new, 0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
                 tiles = tl.reshape(size, (BLOCK // Q_BLOCK, Q_BLOCK))
@@ -228,7 +290,7 @@ def sign_momentum_update_kernel(
                 flat = tl.reshape(code, (BLOCK,)).to(tl.int8)
                 tl.store(momentum.to(tl.pointer_type(tl.int8)) + offsets, flat, mask=mask)
             else:
-                _store(momentum, offsets, mask, new, random, M_TYPE, False, ALIGNED)
+                _store(momentum, offsets, folding, new, random, M_TYPE, False, ALIGNED)
         if MOVES:
             moves = True
             if HAS_SKIP:
@@ -236,12 +298,45 @@ def sign_momentum_update_kernel(
             if moves:
                 eta = tl.load(rates_ptr + entry * 2)
                 w = tl.load(rates_ptr + entry * 2 + 1)
+                if BY_ROW:
+                    start = tl.load(starts_ptr + entry)
+                    by_row = moving & (start >= 0)
+                    eta = tl.full((BLOCK,), 0.0, tl.float32) + eta
+                    w = tl.full((BLOCK,), 0.0, tl.float32) + w
+                    pair = row_rates_ptr + (start + rows) * 2
+                    eta = tl.where(by_row, tl.load(pair, mask=by_row, other=0.0), eta)
+                    w = tl.where(by_row, tl.load(pair + 1, mask=by_row, other=0.0), w)
                 u = tl.where(v > 0, eta, tl.where(v < 0, -eta, 0.0))
-                p = w * _load(tl.load(row), offsets, mask, P_TYPE, ALIGNED) - u
-                _store(tl.load(row), offsets, mask, p, random, P_TYPE, RANDOM, ALIGNED)
+                p = w * _load(tl.load(row), offsets, moving, P_TYPE, ALIGNED) - u
+                _store(tl.load(row), offsets, moving, p, random, P_TYPE, RANDOM, ALIGNED)
 
 
 # --------------------------------------------------------------------------------------- launches
+
+
+@dataclass(eq=False)
+class Group:
+    """The tensors of a list that hold the same dtypes, on the device."""
+
+    types: tuple[str, str, str]  # of params, grads and momenta
+    members: list[int]  # places in the list
+    aligned: bool
+    chunks: Tensor  # [chunks, 2]: place in the list, first element
+    entries: Tensor  # [members]
+    table: Tensor  # their rows of the whole table
+    owners: tuple[list[int], Tensor, Tensor] | None = None  # what ``rows_of`` has found
+
+    def rows_of(self, own: list[int], lengths: list[int]) -> tuple[Tensor, Tensor]:
+        """Of members whose rows have rates of their own: the place of each row's tensor, and by
+        tensor which row is its first, -1 for tensors of one rate; ``lengths``: rows by tensor."""
+        if self.owners is None or self.owners[0] != own:
+            starts = torch.full((len(lengths),), -1)
+            rows = torch.tensor([lengths[i] for i in own])
+            starts[own] = rows.cumsum(0) - rows
+            places = torch.tensor(own).repeat_interleave(rows)
+            device = self.chunks.device
+            self.owners = own, places.to(device), starts.to(device)
+        return self.owners[1:]
 
 
 class Table:
@@ -250,44 +345,44 @@ class Table:
     def __init__(self, job: Job) -> None:
         self.key = _key(job)
         self.device = job.momenta[0].device
-        self.groups: dict[tuple[str, str, str], tuple[Tensor, bool]] = {}
-        counts = [momentum.numel() for momentum in job.momenta]
+        self.rates: tuple[Any, Tensor] | None = None
+        self.rows: list[int] = []  # of each tensor
         chunks: dict[tuple[str, str, str], list[tuple[int, int]]] = {}
-        rows: list[list[int]] = []
-        spans: list[list[int]] = []
-        self.aligned = True
-        for i, (momentum, count) in enumerate(zip(job.momenta, counts, strict=True)):
+        lines: list[list[int]] = []
+        for i, momentum in enumerate(job.momenta):
             coded = isinstance(momentum, EightBit)
             kept = momentum.codes if isinstance(momentum, EightBit) else momentum
             param = None if job.params is None else job.params[i]
             grad = None if job.grads is None else job.grads[i]
-            kind = (
+            types = (
                 _TYPES[None if param is None else param.dtype],
                 _TYPES[None if grad is None else grad.dtype],
                 "q8" if coded else _TYPES[kept.dtype],
             )
-            own = chunks.setdefault(kind, [])
+            count, row = kept.numel(), kept.shape[-1] if kept.dim() else 1
+            own = chunks.setdefault(types, [])
             begin = len(own)
             own += [(i, first) for first in range(0, count, BLOCK)]
-            spans.append([begin, len(own)])
-            rows.append([
+            lines.append([
                 0 if param is None else param.data_ptr(),
                 0 if grad is None else grad.data_ptr(),
                 kept.data_ptr(),
                 momentum.scales.data_ptr() if isinstance(momentum, EightBit) else 0,
-                count,
+                count, begin, len(own), row,
             ])  # fmt: skip
-        self.table = torch.tensor(
-            [row + span for row, span in zip(rows, spans, strict=True)], dtype=torch.int64
-        ).to(self.device)
-        self.groups = {}
-        for kind, own in chunks.items():
-            if own:
-                aligned = all(at % 16 == 0 for i in {i for i, _ in own} for at in rows[i][:3])
-                self.groups[kind] = (
-                    torch.tensor(own, dtype=torch.int64).to(self.device), aligned
-                )  # fmt: skip
-        self.rates: tuple[Any, Tensor] | None = None
+            self.rows.append(count // row if count else 0)
+        self.table = torch.tensor(lines, dtype=torch.int64).to(self.device)
+        self.groups: list[Group] = []
+        for types, own in chunks.items():
+            members = sorted({i for i, _ in own})
+            if not members:  # all are empty
+                continue
+            aligned = all(at % 16 == 0 for i in members for at in lines[i][:3])
+            entries = torch.tensor(members).to(self.device)
+            on_device = torch.tensor(own, dtype=torch.int64).to(self.device)
+            self.groups.append(
+                Group(types, members, aligned, on_device, entries, self.table[entries])
+            )
 
 
 def read(job: Job, kept: Any = None, checked: bool = False) -> Table | None:
@@ -301,62 +396,74 @@ def read(job: Job, kept: Any = None, checked: bool = False) -> Table | None:
 
 def update(job: Job, table: Table | None = None) -> Tensor | None:
     """As in eager.py. ``table``: of ``read``; without it, tensors may have any strides."""
-    if job.rows is not None or (job.relative is not None and "rows" in job.relative):
-        return eager.update(job)
     if table is None:
         return row_major(job, lambda plain: update(plain, Table(plain)))
     n, device = len(job.momenta), table.device
     lost = None if job.shrink is None else torch.zeros(n, dtype=torch.bool, device=device)
-    relative = job.moves and job.relative is not None
-    rates = _rates(job, table) if job.moves and not relative else None
-    given = kinds = None
-    if relative and job.relative is not None:
-        rates = torch.empty(n, 2, device=device)
+    rates = given = kinds = drawn = centers = masks = None
+    relative = _relative(job)
+    if relative is not None:
         given = torch.stack([
             _vector(values, device) for values in (job.lr, job.weight_decay, job.floor)
         ], dim=1).contiguous()  # fmt: skip
-        flags = [kind is not None for kind in job.relative]
-        kinds = torch.tensor(flags, dtype=torch.int8).to(device)
-        if not all(flags):  # the others' rates, which no chunk need be looked at for, come along
-            rates.copy_(_plain_rates(given))
-    drawn = centers = None
+        kinds = torch.tensor(relative, dtype=torch.int8).to(device)
+        rates = _plain_rates(given)  # of those that no kernel makes
+    elif job.moves:
+        rates = _rates(job, table)
     if job.seed is not None:
         words = [keys(job.seed, i) for i in range(n)]
         drawn = torch.tensor(words, dtype=torch.int64).to(device)
     if job.centers is not None:
         centers = torch.tensor(job.centers, dtype=torch.float32).to(device)
-    for (p, g, m), (chunks, aligned) in table.groups.items():
-        count = len(chunks)
-        if relative or lost is not None:
+    if job.rows is not None:
+        masks = torch.tensor([0 if mask is None else mask.data_ptr() for mask in job.rows])
+        masks = masks.to(device)
+    for group in table.groups:
+        p, g, m = group.types
+        count = len(group.chunks)
+        own = [] if relative is None else [relative[i] for i in group.members]
+        sizes = TENSOR.value in own
+        if sizes or lost is not None:
             sums = torch.empty(count, dtype=torch.float64, device=device)
             finite = torch.empty(count, dtype=torch.int32, device=device)
             sign_momentum_survey_kernel[(count,)](
-                table.table, chunks, sums, finite,
-                P_TYPE=p if relative else "", G_TYPE="" if lost is None else g,
-                ALIGNED=aligned, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
+                table.table, group.chunks, kinds, sums, finite,
+                P_TYPE=p if sizes else "", G_TYPE="" if lost is None else g,
+                ALIGNED=group.aligned, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
-            entries = chunks[:, 0].unique_consecutive()
-            sub = table.table[entries].contiguous()
-            part_rates = torch.empty(len(entries), 2, device=device)
-            part_lost = torch.zeros(len(entries), dtype=torch.bool, device=device)
-            sign_momentum_finish_kernel[(len(entries),)](
-                sub, sums, finite,
-                None if given is None else given[entries].contiguous(),
-                None if kinds is None else kinds[entries].contiguous(),
-                part_rates, part_lost.view(torch.int8),
-                HAS_SUMS=relative, HAS_FINITE=lost is not None, enable_fp_fusion=False,
+            part_rates = torch.empty(len(own), 2, device=device) if sizes else None
+            part_lost = torch.empty(len(group.members), dtype=torch.int8, device=device)
+            sign_momentum_finish_kernel[(len(group.members),)](
+                group.table, sums, finite,
+                given[group.entries] if sizes and given is not None else None,
+                kinds[group.entries] if sizes and kinds is not None else None,
+                part_rates, part_lost,
+                HAS_SUMS=sizes, HAS_FINITE=lost is not None, enable_fp_fusion=False,
             )  # fmt: skip
-            if relative and rates is not None:
-                rates[entries] = part_rates
+            if part_rates is not None and rates is not None:
+                rates[group.entries] = part_rates
             if lost is not None:
-                lost[entries] = part_lost
+                lost[group.entries] = part_lost.bool()
+        starts = row_rates = None
+        if ROWS.value in own:
+            by_row = [i for i, kind in zip(group.members, own, strict=True) if kind == ROWS.value]
+            places, starts = group.rows_of(by_row, table.rows)
+            row_rates = torch.empty(len(places), 2, device=device)
+            sign_momentum_rows_kernel[(len(places),)](
+                table.table, places, starts, given, row_rates,
+                P_TYPE=p, ROW=ROW, num_warps=WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
         sign_momentum_update_kernel[(count,)](
-            table.table, chunks, rates,
+            table.table, group.chunks, rates, starts, row_rates, masks,
             None if job.skip is None else job.skip.view(torch.int8),
             None if lost is None else lost.view(torch.int8), centers, drawn,
             job.a, job.b, job.c, job.d, job.shrink or 0.0,
-            **constants(p, g, m, job.moves, job.skip is not None, lost is not None,
-                        job.seed is not None and p == "bf16", aligned),
+            **constants(
+                p, g, m, moves=job.moves, skips=job.skip is not None, shrinks=lost is not None,
+                random=job.seed is not None and p == "bf16", by_row=starts is not None,
+                masked=masks is not None, masks_momentum=masks is not None and job.mask_momentum,
+                aligned=group.aligned,
+            ),
             num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     say_written(job)
@@ -364,14 +471,33 @@ def update(job: Job, table: Table | None = None) -> Tensor | None:
 
 
 def constants(
-    p: str, g: str, m: str, moves: bool, skips: bool, shrinks: bool, random: bool, aligned: bool
+    p: str,
+    g: str,
+    m: str,
+    *,
+    moves: bool = True,
+    skips: bool = False,
+    shrinks: bool = False,
+    random: bool = False,
+    by_row: bool = False,
+    masked: bool = False,
+    masks_momentum: bool = False,
+    aligned: bool = True,
 ) -> dict[str, Any]:
     """What the update kernel is compiled for."""
     return {
         "P_TYPE": p, "G_TYPE": g, "M_TYPE": m, "MOVES": moves, "HAS_SKIP": skips,
-        "SHRINKS": shrinks, "RANDOM": random, "ALIGNED": aligned, "STEP": 1 / 127**2,
+        "SHRINKS": shrinks, "RANDOM": random, "BY_ROW": by_row, "MASKED": masked,
+        "MASKS_MOMENTUM": masks_momentum, "ALIGNED": aligned, "STEP": 1 / 127**2,
         "LEVELS": 127.0, "Q_BLOCK": 256, "BLOCK": BLOCK,
     }  # fmt: skip
+
+
+def _relative(job: Job) -> list[int] | None:
+    """What each tensor's rate is relative to; None where none is."""
+    if not job.moves or job.relative is None:
+        return None
+    return [_KINDS[kind] for kind in job.relative]
 
 
 def _tensors(job: Job) -> list[Tensor]:

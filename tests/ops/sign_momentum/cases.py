@@ -16,6 +16,11 @@ OPTIONS = {
     "stochastic": {"rounding": "stochastic", "seed": 5},
     "masked": {"rows": True},
     "masked momentum": {"rows": True, "mask_momentum_rows": True},
+    "all at once": {
+        "relative": ["rows", "tensor", None, "rows", "tensor", "rows", "rows", "rows"],
+        "floor": 0.01, "rows": True, "mask_momentum_rows": True, "shrink": (0.99, 1.0),
+        "rounding": "stochastic", "seed": 5,
+    },
 }
 
 
@@ -54,14 +59,14 @@ def steps(monkeypatch, backend, option, param, grad, momentum, count=2):
         ]
     for _ in range(count):
         grads = [torch.randn(shape, generator=generator).to(grad) for shape in SHAPES]
-        if option == "shrink":
+        if "shrink" in options:
             grads[0][0, 0], grads[1][3, 5] = float("nan"), float("inf")
         same = dict(lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1, **options)
         lost = sign_momentum(own[0], grads, own[1], backend=backend, **same)
         want = by_reference(
             monkeypatch, lambda g=grads, s=same: sign_momentum(plain[0], g, plain[1], **s)
         )
-        if option == "shrink":
+        if "shrink" in options:
             assert lost.tolist() == want.tolist()
             assert lost.tolist()[:3] == [True, True, False]
     return held(*own), held(*plain)

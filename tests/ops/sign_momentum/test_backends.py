@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastlora.ops import library, sign_momentum
-from tests.ops.sign_momentum.cases import OPTIONS, by_reference, held, lists, steps
+from fastlora.ops import apply_momentum, fold_gradients, library, sign_momentum
+from tests.ops.sign_momentum.cases import OPTIONS, SHAPES, by_reference, held, lists, steps
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STORED = (torch.float32, torch.bfloat16, "8-bit")
@@ -22,6 +22,30 @@ def test_bytes_are_the_reference_s(monkeypatch, backend, option, param, momentum
         pytest.importorskip("triton")
     own, plain = steps(monkeypatch, backend, option, param, param, momentum)
     assert own == plain
+
+
+@pytest.mark.parametrize("momentum", STORED, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_micro_steps_of_masked_rows(monkeypatch, backend, momentum):
+    """Lazy rows over micro-steps: each folds its own rows, the last moves the union of all."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    own, plain = lists(torch.bfloat16, momentum), lists(torch.bfloat16, momentum)
+    generator = torch.Generator().manual_seed(2)
+    seen = [torch.zeros(shape[:-1], dtype=torch.bool) if len(shape) > 1 else None
+            for shape in SHAPES]  # fmt: skip
+    for step in range(3):
+        rows = [None if s is None else torch.rand(s.shape, generator=generator) > 0.7 for s in seen]
+        seen = [None if s is None else s | r for s, r in zip(seen, rows, strict=True)]
+        grads = [torch.randn(shape, generator=generator) for shape in SHAPES]
+        same = dict(decay=1.0 if step else 0.9, weight=0.1 / 3, rows=rows)
+        fold_gradients(own[1], grads, backend=backend, **same)
+        by_reference(monkeypatch, lambda g=grads, s=same: fold_gradients(plain[1], g, **s))
+    skip = torch.tensor([i == 1 for i in range(len(SHAPES))])
+    same = dict(lr=1e-2, weight_decay=0.1, relative="rows", rows=seen, skip=skip)
+    apply_momentum(*own, backend=backend, **same)
+    by_reference(monkeypatch, lambda: apply_momentum(*plain, **same))
+    assert held(*own) == held(*plain)
 
 
 @pytest.mark.parametrize("isa", library.core().isas())
