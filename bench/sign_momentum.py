@@ -27,10 +27,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.measure import Call, Mark, take_turns
 from fastlora.ops import EightBit, SignMomentumCache, library, sign_momentum
 from fastlora.ops.backend import cpu_vendor
 from fastlora.ops.sign_momentum import op, reference
@@ -199,6 +198,16 @@ def ways(shapes: list[tuple[int, int]]) -> tuple[dict[str, Callable[[], object]]
     return calls, what
 
 
+def _turn(step: Callable[[], object]) -> Call:
+    def turn(mark: Mark) -> None:
+        step()
+        mark()
+        for _ in range(REPEATED):
+            step()
+
+    return turn
+
+
 def _rounded(times: dict[str, list[float]]) -> dict[str, list[float]]:
     return {name: [round(one, 1) for one in own] for name, own in times.items()}
 
@@ -229,20 +238,12 @@ def main(argv: list[str] | None = None) -> int:
         if wrong := check(shapes):
             print(f"{case}: {'; '.join(wrong)}: nothing is reported", file=sys.stderr)
             return 1
-        calls, _ = ways(shapes)
-        first: dict[str, list[float]] = {name: [] for name in calls}
-        next_: dict[str, list[float]] = {name: [] for name in calls}
-        for number in range(args.rounds + 1):
-            for name in random.Random(number).sample(list(calls), len(calls)):
-                started = time.perf_counter()
-                calls[name]()
-                between = time.perf_counter()
-                for _ in range(REPEATED):
-                    calls[name]()
-                if number:
-                    first[name].append((between - started) * 1e6)
-                    next_[name].append((time.perf_counter() - between) * 1e6 / REPEATED)
-        for name in calls:
+        steps, _ = ways(shapes)
+        turns = {name: _turn(step) for name, step in steps.items()}
+        laps = take_turns(turns, args.rounds, "cpu", warmup=1).laps
+        first = {name: [1e3 * one for one, _ in own] for name, own in laps.items()}
+        next_ = {name: [1e3 * rest / REPEATED for _, rest in own] for name, own in laps.items()}
+        for name in steps:
             cells = []
             for times in (first, next_):
                 own = times[name]

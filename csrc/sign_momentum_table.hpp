@@ -31,6 +31,7 @@ public:
         if ((theta && theta.size() != count) || (g && g.size() != count)) return false;
         PlainTensor seen, other;
         for (std::int64_t i = 0; i < count; ++i) {
+            for (const List* list : {&theta, &g, &m}) list->fetch(i + AHEAD);
             Entry entry{};
             if (!read_momentum(m[i], seen, entry)) return false;
             entry.count = seen.count;
@@ -98,6 +99,7 @@ public:
 private:
     // About what stays in a core's second cache from the look at it to the update.
     static constexpr std::int64_t CHUNK = 32768;
+    static constexpr std::int64_t AHEAD = 8;
 
     // A list or tuple, or nothing.
     class List {
@@ -110,6 +112,10 @@ private:
         }
         explicit operator bool() const { return static_cast<bool>(fast_); }
         std::int64_t size() const { return fast_ ? PySequence_Fast_GET_SIZE(fast_.ptr()) : 0; }
+        // Asks the caches for an object that is read soon; a step has driven them all out.
+        void fetch(std::int64_t i) const {
+            if (i < size()) __builtin_prefetch((*this)[i]);
+        }
         PyObject* operator[](std::int64_t i) const {
             return PySequence_Fast_GET_ITEM(fast_.ptr(), i);
         }

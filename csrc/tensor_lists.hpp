@@ -92,6 +92,7 @@ private:
         out.data = static_cast<char*>(found.data) + found.offset;
         out.shape.assign(found.shape, found.shape + found.dimensions);
         measure(out);
+        if (out.count && !out.data) return false;  // freed
         std::int64_t step = 1;
         for (int axis = found.dimensions - 1; axis >= 0; --axis) {
             if (out.count && found.shape[axis] != 1 && found.strides[axis] != step) return false;
@@ -118,7 +119,7 @@ private:
         out.data = reinterpret_cast<char*>(tensor.attr("data_ptr")().cast<std::uintptr_t>());
         out.shape = tensor.attr("shape").cast<std::vector<std::int64_t>>();
         measure(out);
-        return true;
+        return !out.count || out.data;
     }
 
     static void measure(PlainTensor& out) {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +21,6 @@ _OF_THIS_RUN = ("state_dtype", "backend", "capturable")
 _ALIKE = ("maximize", "stochastic_rounding", "seed", "steps", "backend")
 _PLAIN = {torch.nn.Parameter, Tensor}
 _NO_STATE: dict[str, Any] = {}
-_address = Tensor.data_ptr
 
 
 @dataclass(eq=False)
@@ -97,6 +98,7 @@ class SignOptimizer(torch.optim.Optimizer):
     # class attributes, as pickling an optimizer keeps only its groups, state and defaults
     _loading: dict[Tensor, dict[str, Any]] | None = None
     _caches: dict[Any, SignMomentumCache] | None = None
+    _looked_up: tuple[tuple[list[Any], ...], list[dict[str, Any]]] | None = None
 
     def __init__(self, params: Any, defaults: dict[str, Any], differentiable: bool) -> None:
         if differentiable:
@@ -317,19 +319,25 @@ class SignOptimizer(torch.optim.Optimizer):
                 return None
             made.params += group["params"]
         made.grads = [param.grad for param in made.params]
-        plain = _PLAIN.issuperset(map(type, made.params))
-        if not plain or any(grad is None for grad in made.grads):
+        if not _PLAIN.issuperset(map(type, made.params)) or NoneType in set(map(type, made.grads)):
             return None
-        find = self.state.get
         try:
-            made.momenta = [find(param, _NO_STATE)["exp_avg"] for param in made.params]
+            made.momenta = [state["exp_avg"] for state in self._states_of(made.params)]
         except KeyError:
-            return None
-        if not all(map(_address, made.params)):  # empty, or freed
             return None
         if first["stochastic_rounding"]:
             made.rounding = Batch(_key(first, None, made.params[0].device), 0).rounding()
         return made
+
+    def _states_of(self, params: list[Tensor]) -> list[dict[str, Any]]:
+        """Each one's state, looked up anew only where a parameter or an entry is another object
+        than at the last call, as to find a tensor in a dictionary takes longer than its update."""
+        now = params, list(self.state), list(self.state.values())
+        kept = self._looked_up
+        if kept is None or not all(map(_same, kept[0], now)):
+            found = [self.state.get(param, _NO_STATE) for param in params]
+            kept = self._looked_up = now, found
+        return kept[1]
 
     # --- saving and loading --------------------------------------------------------------------
 
@@ -425,7 +433,12 @@ class SignOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if self._loading is not None:
             self.state.update(self._loading)
-        self._caches = None
+        self._caches = self._looked_up = None
+
+
+def _same(one: list[Any], other: list[Any]) -> bool:
+    """Whether they hold the same objects."""
+    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 def _key(group: dict[str, Any], what: Any, device: torch.device) -> Key:

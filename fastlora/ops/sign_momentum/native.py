@@ -46,6 +46,8 @@ def update(job: Job, table: Any = None, isa: str = "") -> Tensor | None:
     drawn: list[int] = []
     if job.seed is not None:
         drawn = [key for i in range(n) for key in keys(job.seed, i)]
+    # before the pass over memory, while the caches have what has just been read of each tensor
+    say_written(job)
     table.run(
         job.a, job.b, job.c, job.d,
         *_numbers(job.lr, job.weight_decay, job.floor),
@@ -53,7 +55,6 @@ def update(job: Job, table: Any = None, isa: str = "") -> Tensor | None:
         rows, job.mask_momentum, job.shrink, job.centers or [], address(job.skip),
         address(lost), job.moves, drawn, torch.get_num_threads(), isa,
     )  # fmt: skip
-    say_written(job)
     return lost
 
 

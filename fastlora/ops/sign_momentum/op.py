@@ -288,6 +288,8 @@ def _like(name: str, tensor: Tensor, shape: Any, device: torch.device) -> None:
         raise ValueError(f"{name} has shape {list(tensor.shape)}, its momentum {list(shape)}")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, not on {device}: one device a call")
+    if tensor.numel() and not tensor.untyped_storage().nbytes() and device.type != "meta":
+        raise ValueError(f"the memory of {name} has been freed")
 
 
 def _step(

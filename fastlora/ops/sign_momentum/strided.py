@@ -36,5 +36,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def say_written(job: Job) -> None:
     """So that autograd notices a tensor that it had saved."""
-    momenta = [m for m in job.momenta if not isinstance(m, EightBit)]
+    momenta = job.momenta
+    if EightBit in set(map(type, momenta)):
+        momenta = [m for m in momenta if not isinstance(m, EightBit)]
     torch.autograd.graph.increment_version([*(job.params or ()), *momenta])

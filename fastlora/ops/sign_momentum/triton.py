@@ -103,9 +103,9 @@ def sign_momentum_survey_kernel(
     offsets = first + tl.arange(0, BLOCK)
     mask = offsets < tl.load(row + 4)
     if P_TYPE != "":
-        if tl.load(kinds_ptr + entry) == TENSOR:
-            p = _load(tl.load(row), offsets, mask, P_TYPE, ALIGNED).to(tl.float64)
-            tl.store(sums_ptr + at, tl.sum(p * p, axis=0))
+        sized = tl.load(kinds_ptr + entry) == TENSOR
+        p = _load(tl.load(row), offsets, mask & sized, P_TYPE, ALIGNED).to(tl.float64)
+        tl.store(sums_ptr + at, tl.sum(p * p, axis=0), mask=sized)
     if G_TYPE != "":
         g = _load(tl.load(row + 1), offsets, mask, G_TYPE, ALIGNED)
         bad = (g.to(tl.uint32, bitcast=True) & 0x7F800000) == 0x7F800000

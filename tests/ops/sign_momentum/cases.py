@@ -18,8 +18,12 @@ OPTIONS = {
     "masked momentum": {"rows": True, "mask_momentum_rows": True},
     "all at once": {
         "relative": ["rows", "tensor", None, "rows", "tensor", "rows", "rows", "rows"],
-        "floor": 0.01, "rows": True, "mask_momentum_rows": True, "shrink": (0.99, 1.0),
-        "rounding": "stochastic", "seed": 5,
+        "floor": 0.01,
+        "rows": True,
+        "mask_momentum_rows": True,
+        "shrink": (0.99, 1.0),
+        "rounding": "stochastic",
+        "seed": 5,
     },
 }
 
