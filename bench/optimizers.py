@@ -61,8 +61,8 @@ MAKE: dict[str, Make] = {
 }
 GRIDS = {
     "adamw": (5e-4, 1e-3, 2e-3, 4e-3),
-    "lion float32": (1e-4, 2e-4, 4e-4, 8e-4),
-    "tiger float32": (1e-3, 2e-3, 2.8e-3, 4e-3),
+    "lion float32": (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3),
+    "tiger float32": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
 }
 
 

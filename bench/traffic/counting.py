@@ -46,11 +46,11 @@ class Launch:
 
 
 @contextmanager
-def counted(known: Mapping[str, Any] | None = None) -> Iterator[list[Launch]]:
+def counted(beside: Mapping[str, Any] | None = None) -> Iterator[list[Launch]]:
     """The launches that are made inside, in order.
 
     Accesses are named after the argument whose memory they are in, else after the tensor of
-    ``known`` (kernels find some by addresses that they read), else "?".
+    ``beside`` (kernels find some by addresses that they read), else "?".
 
     Raises RuntimeError for a kernel that uses atomics, which are not counted.
     """
@@ -73,7 +73,7 @@ def counted(known: Mapping[str, Any] | None = None) -> Iterator[list[Launch]]:
         made = Launch(self.fn.__name__, grid, size)
         made.programs = [[] for _ in range(grid[0] * grid[1] * grid[2])]
         spans = []
-        for name, one in (*tensors.items(), *(known or {}).items()):
+        for name, one in (*tensors.items(), *(beside or {}).items()):
             # strides may lead through more memory than the tensor has elements
             last = sum((n - 1) * s for n, s in zip(one.shape, one.stride(), strict=True))
             begin = one.data_ptr()

@@ -117,8 +117,8 @@ def _put_rates(rates_ptr, given_ptr, squares, count, relative):
     # rates: eta, w (fp32) of given: lr, decay, floor (fp64) and the sum of count squares
     eta = tl.load(given_ptr)
     if relative:
-        count = tl.maximum(count, 1).to(tl.float64)
-        rms = tl.sqrt(squares / count).to(tl.float32).to(tl.float64)
+        mean = squares / tl.maximum(count, 1).to(tl.float64)
+        rms = tl.sqrt(mean).to(tl.float32).to(tl.float64)
         floor = tl.load(given_ptr + 2)
         eta *= tl.where(rms < floor, floor, rms)
     tl.store(rates_ptr, eta.to(tl.float32))
@@ -222,14 +222,20 @@ def sign_momentum_update_kernel(
     row = table_ptr + entry * COLUMNS
     offsets = first + tl.arange(0, BLOCK)
     mask = offsets < tl.load(row + 4)
-    rows = offsets
+    first_row = first
+    rows = tl.arange(0, BLOCK)  # after the first, by element
     if BY_ROW or MASKED:
-        rows = offsets // tl.load(row + 7)
+        length = tl.load(row + 7)
+        first_row = first // length
+        # of rows as long as the chunk it holds one border at most: 32 bits do for any length
+        left = tl.minimum((first_row + 1) * length - first, BLOCK).to(tl.int32)
+        short = tl.minimum(length, BLOCK).to(tl.int32)
+        rows = (rows + (short - left)) // short
     moving = mask  # what of the parameter may be written
     if MASKED:
         own = tl.load(masks_ptr + entry)
         if own != 0:
-            at_row = own.to(tl.pointer_type(tl.int8)) + rows
+            at_row = own.to(tl.pointer_type(tl.int8)) + first_row + rows
             moving = tl.load(at_row, mask=mask, other=0) != 0
     folding = mask  # what is needed of momentum and gradient
     if MASKS_MOMENTUM or G_TYPE == "":
@@ -303,7 +309,7 @@ def sign_momentum_update_kernel(
                     by_row = moving & (start >= 0)
                     eta = tl.full((BLOCK,), 0.0, tl.float32) + eta
                     w = tl.full((BLOCK,), 0.0, tl.float32) + w
-                    pair = row_rates_ptr + (start + rows) * 2
+                    pair = row_rates_ptr + (start + first_row) * 2 + rows * 2
                     eta = tl.where(by_row, tl.load(pair, mask=by_row, other=0.0), eta)
                     w = tl.where(by_row, tl.load(pair + 1, mask=by_row, other=0.0), w)
                 u = tl.where(v > 0, eta, tl.where(v < 0, -eta, 0.0))
