@@ -287,18 +287,11 @@ bool finite(const char* from, Stored type, std::int64_t count) {
 // In sixteen sums, whatever the width of a vector, so that all instruction sets add up alike.
 template <class T>
 double squares_of(const char* from, std::int64_t count) {
-    constexpr int SUMS = 16, VECTORS = SUMS / LANES;
-    Doubles parts[VECTORS] = {};
-    const std::int64_t even = count / SUMS * SUMS;
-    for (std::int64_t i = 0; i < even; i += SUMS) {
-        for (int part = 0; part < VECTORS; ++part) {  // unrolled, so that the sums stay in registers
-            const Doubles wide = widen(T::get(from + (i + part * LANES) * T::BYTES));
-            parts[part] += wide * wide;
-        }
-    }
-    read<T>(from + even * T::BYTES, count - even, [&](Floats values, std::int64_t i) {
+    constexpr int SUMS = 16;
+    Doubles parts[SUMS / LANES] = {};
+    read<T>(from, count, [&](Floats values, std::int64_t i) {
         const Doubles wide = widen(values);
-        parts[i / LANES] += wide * wide;
+        parts[i / LANES % (SUMS / LANES)] += wide * wide;
     });
     double all[SUMS], total = 0;
     std::memcpy(all, parts, sizeof all);

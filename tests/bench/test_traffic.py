@@ -108,9 +108,10 @@ def test_every_kernel_holds(rank, tmp_path, capsys):
     assert result["format"] == traffic.FORMAT
     calls = {row["case"]: row for row in result["calls"]}
     assert {"shrink", "dy-pass", "dy-pass-dg", "x-pass", "weight-norm", "sum"} <= set(calls)
+    assert {"sign-fp32", "sign-bf16", "sign-8bit", "sign-tiger", "sign-rows"} <= set(calls)
     assert all(row["problems"] == [] for row in calls.values())
     assert all(row["floor"] <= row["asked"] for row in calls.values())
-    assert "10 calls, 0 do not hold" in capsys.readouterr().out
+    assert "15 calls, 0 do not hold" in capsys.readouterr().out
 
 
 def test_names_off_by_a_letter(capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def say_written(job: Job) -> None:
     """So that autograd notices a tensor that it had saved."""
-    momenta = job.momenta
-    if EightBit in set(map(type, momenta)):
-        momenta = [m for m in momenta if not isinstance(m, EightBit)]
-    torch.autograd.graph.increment_version([*(job.params or ()), *momenta])
+    written: list[Any] = [*(job.params or ()), *job.momenta]
+    if EightBit in set(map(type, job.momenta)):
+        written = [tensor for tensor in written if isinstance(tensor, Tensor)]
+    torch.autograd.graph.increment_version(written)
