@@ -45,7 +45,10 @@ def _dora(recipe: Recipe, keep: bool | list[str]) -> LoRAConfig:
     )
 
 
-ALL: dict[str, Method] = METHODS | {
+# where both sides start alike
+ALL: dict[str, Method] = {
+    name: method for name, method in METHODS.items() if method.own_start is None
+} | {
     "dora_lean": dataclasses.replace(
         METHODS["dora"],
         title="DoRA, small outputs recomputed",

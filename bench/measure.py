@@ -1,7 +1,8 @@
 """How the benches take times: contestants in turn, clocks of the device, disturbed steps again.
 
 The contestants of a comparison run in one process and take turns, each round in another order, so
-that a machine whose speed drifts slows all of them alike; ratios are taken within a round.
+that a machine whose speed drifts slows all of them alike; ratios are taken within a round. On Linux
+the process keeps the memory it frees, which would else be taken from the system again in each step.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from fastlora.cli.pages import keep_freed_pages
 
 Mark = Callable[[], None]
 Call = Callable[[Mark], object]
@@ -59,6 +62,7 @@ def take_turns(
         patience: seconds that a step waits at most for a moment in which nothing else runs.
         by_host: time a GPU's work as the host sees it, waiting included.
     """
+    keep_freed_pages()
     taken = Taken({name: [] for name in calls}, 0)
     disturbed = 0
     number = -warmup

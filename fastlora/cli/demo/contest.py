@@ -25,6 +25,7 @@ from fastlora.cli.demo.methods import Recipe
 from fastlora.cli.demo.model import share
 from fastlora.cli.demo.optimizers import OPTIMIZERS
 from fastlora.cli.errors import UserError
+from fastlora.cli.pages import keep_freed_pages
 from fastlora.nn import AdaptedLayer
 
 FROZEN, PEFT, FASTLORA = "frozen", "peft", "fastlora"
@@ -178,6 +179,8 @@ def _optimizer(model: Any, recipe: Recipe, by_peft: bool = False) -> torch.optim
 def train(contestants: list[Contestant], batches: list[Tensor], device: torch.device) -> None:
     """Train all on the same batches, step by step in turn, each turn begun by another."""
     from tqdm import tqdm
+
+    keep_freed_pages()
 
     seldom = 0.5 if sys.stderr.isatty() else 15.0
     progress = tqdm(batches, desc="training", unit="step", ncols=88, mininterval=seldom)

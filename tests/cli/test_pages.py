@@ -1,0 +1,34 @@
+"""What is freed stays with the process."""
+
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource, sys
+import torch
+from fastlora.cli.pages import keep_freed_pages
+if sys.argv[1] == "keep":
+    assert keep_freed_pages()
+def turn():
+    torch.ones(1 << 24)
+for _ in range(4):
+    turn()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    turn()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(what):
+    ran = subprocess.run(
+        [sys.executable, "-c", FAULTS, what], capture_output=True, text=True, check=True
+    )
+    return int(ran.stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_no_page_is_taken_anew_for_a_tensor_as_large_as_the_last():
+    assert 10 * faults("keep") < faults("leave")
