@@ -156,7 +156,7 @@ class InputGroup:
     def _wait_for(self, results: tuple[Tensor, ...]) -> None:
         if _hooks_on_top is not None and _hooks_on_top(True) is not None:
             nodes = (y.grad_fn for y in results)
-            self._waiting += [weakref.ref(node) for node in nodes if node is not None][:1]
+            self._waiting += [_life(node) for node in nodes if node is not None][:1]
 
     def _drop(self, pending: _Pending | None) -> None:
         if pending is None:
@@ -165,6 +165,18 @@ class InputGroup:
             pair = pending.leader, slot
             self._misses[pair] = self._misses.get(pair, 0) + 1
         self._pending = None
+
+
+class _Guest:
+    """Lives in a node's metadata, as long as the node."""
+
+
+def _life(node: Any) -> weakref.ref[Any]:
+    """Dies with the node."""
+    try:
+        return weakref.ref(node)
+    except TypeError:  # not a Function's, but one of PyTorch's own calls'
+        return weakref.ref(node.metadata.setdefault(_Guest, _Guest()))
 
 
 def _waits(node: Any) -> bool:
