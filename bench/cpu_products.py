@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from bench.measure import whole
+from fastlora.ops import library
 from fastlora.ops.backend import cpu_vendor
-from fastlora.ops.dropout import drop, stream_noise
+from fastlora.ops.dropout import stream_mask
 
 SHAPES = ((576, 576), (576, 192), (576, 1536), (1536, 576), (2048, 2048))  # K, N
 
@@ -70,18 +71,20 @@ def main() -> None:
                 times = medians(calls, arguments.repeats)
                 cells.append(f"{times['mkl'] * 1e6:.0f} / {times['onednn'] * 1e6:.0f}".rjust(width))
             print(f"{m:>5} {k:>5} {n:>5}  {' '.join(cells)}")
-    print("dropout of [256, K]: F.dropout / ours")
-    seed = torch.tensor(1)
+    print("dropout of [256, K]: F.dropout / torch's generator, as eager's / native")
+    seed = torch.tensor([1])
     for k in (576, 1536):
         x = torch.randn(256, k)
-        times = medians(
-            {
-                "torch": lambda x=x: torch.nn.functional.dropout(x, 0.1),
-                "ours": lambda x=x, k=k: drop(x, stream_noise((256, k), seed, x.device), 0.1),
-            },
-            arguments.repeats,
-        )
-        print(f"{256:>5} {k:>5}  {times['torch'] * 1e6:.0f} / {times['ours'] * 1e6:.0f}")
+        calls = {
+            "torch": lambda x=x: torch.nn.functional.dropout(x, 0.1),
+            "eager": lambda x=x, k=k: stream_mask((256, k), 0.1, seed, x.device)(x),
+        }
+        if not library.missing():
+            from fastlora.ops.adapter_linear import native
+
+            calls["native"] = lambda x=x, k=k: native.draw((256, k), 0.1, seed, x.device)(x)
+        times = medians(calls, arguments.repeats)
+        print(f"{256:>5} {k:>5}  " + " / ".join(f"{time * 1e6:.0f}" for time in times.values()))
 
 
 if __name__ == "__main__":
