@@ -1,12 +1,13 @@
-// A matrix a thread, from a copy in panels. Every panel is read once for both products, Y = X V and
-// XᵀY, while it is in the cache.
+// A matrix a thread, from a copy in panels. Panels are read once for both products, Y = X V and XᵀY,
+// while they are in the cache. The basis lies in panels of its own, a vector a row of them, and a
+// block that is being worked at with an element of all its vectors together: so the same two products
+// serve throughout.
 #include "block_lanczos.hpp"
 
 #include <cmath>
 
 #include "dense.hpp"
 #include "packed.hpp"
-#include "panel.hpp"
 #include "parallel.hpp"
 
 namespace fastlora::FASTLORA_ISA {
@@ -19,12 +20,24 @@ constexpr double SHIFT = 1e-6;        // of the mean square, where pivots vanish
 constexpr double ORTHONORMAL = 2e-6;  // what the results' Gram matrices may be off untouched
 constexpr double REPAIRED = 0.05;     // and up to where one Cholesky pass repairs them
 constexpr int CHECKING = 2;           // blocks of the check
-constexpr std::int64_t SPREAD = 16;   // values between rows, so that they share no cache set
+constexpr int GROUP = 8;              // what widths are a multiple of
+constexpr int TALL = 3 * LANES;       // rows of a panel of X
+constexpr int PAIR = 2;               // panels that are multiplied at once: XᵀY is read and written
+                                      // half as often, and they still fit the second cache
+constexpr int BASIS = 2 * LANES;      // vectors of a panel of the basis: few, since the last has gaps
+constexpr int RUN = 512;              // squares that are summed in float32
 constexpr int GRAM_ROWS = 64;
 constexpr int WIDEST = 32;            // vectors of a block
 constexpr std::int64_t CHUNK = 256;   // rows at least whose share of XᵀY is summed by itself
 constexpr std::int64_t CHUNKS = 8;    // at most
 constexpr std::int64_t ROOM = std::int64_t{1} << 28;  // floats of the copies there are at once
+
+// Rows `stride` apart.
+struct Rows {
+    const float* values;
+    std::int64_t stride;
+    const float* operator[](std::int64_t row) const { return values + row * stride; }
+};
 
 inline std::int64_t up_to(std::int64_t count, std::int64_t multiple) {
     return (count + multiple - 1) / multiple * multiple;
@@ -96,35 +109,30 @@ void gram_of_columns(Rows x, std::int64_t count, int known, int n, std::int64_t 
     }
 }
 
-// g [width, width] = w_c · w_d of `width` vectors, in float64.
-void gram_of_rows(Rows w, int width, std::int64_t length, double* g) {
-    for (int c = 0; c < width; ++c) {
-        for (int from = 0; from <= c; from += GROUP) {
-            const int some = least(c + 1 - from, GROUP);
-            Doubles total[GROUP] = {};
-            for (std::int64_t k = 0; k < length; k += LANES) {
-                const Doubles own = widen(load(w[c] + k));
-                for (int d = 0; d < some; ++d) total[d] += own * widen(load(w[from + d] + k));
-            }
-            for (int d = 0; d < some; ++d) {
-                g[c * width + from + d] = g[(from + d) * width + c] = sum(total[d]);
-            }
-        }
+// Rows of `width` elements from old ones, to = old Tᵀ, T lower triangular by rows `stride` apart; in
+// place too.
+void multiply_rows(const float* old, float* to, int width, std::int64_t rows, const double* t,
+                   std::int64_t stride) {
+    typedef float Eight __attribute__((vector_size(32)));
+    Buffer<float> turned(width * width);
+    for (int i = 0; i < width; ++i) {
+        for (int j = 0; j < width; ++j) turned[j * width + i] = j > i ? 0 : t[i * stride + j];
     }
-}
-
-// w ← T w of `width` vectors, T lower triangular.
-void multiply_rows(float* w, int width, std::int64_t stride, std::int64_t length,
-                   const double* t) {
-    float factor[WIDEST * WIDEST];
-    for (int i = 0; i < width * width; ++i) factor[i] = static_cast<float>(t[i]);
-    for (std::int64_t k = 0; k < length; k += LANES) {
-        Floats old[WIDEST];
-        for (int c = 0; c < width; ++c) old[c] = load(w + c * stride + k);
-        for (int c = 0; c < width; ++c) {
-            Floats value = factor[c * width] * old[0];
-            for (int d = 1; d <= c; ++d) value += factor[c * width + d] * old[d];
-            store(w + c * stride + k, value);
+    Buffer<float> row(width);
+    for (std::int64_t k = 0; k < rows; ++k, old += width, to += width) {
+        std::memcpy(row + 0, old, width * sizeof(float));
+        int i = 0;
+        for (; i + GROUP <= width; i += GROUP) {
+            Eight value = {}, factor;
+            for (int j = 0; j < i + GROUP; ++j) {
+                std::memcpy(&factor, turned + j * width + i, sizeof factor);
+                value += row[j] * factor;
+            }
+            std::memcpy(to + i, &value, sizeof value);
+        }
+        for (; i < width; ++i) {
+            to[i] = 0;
+            for (int j = 0; j <= i; ++j) to[i] += row[j] * turned[j * width + i];
         }
     }
 }
@@ -136,30 +144,33 @@ public:
         : call_(call),
           threads_(threads),
           block_(static_cast<int>(call.width)),
-          most_((call.blocks + CHECKING) * block_),
+          most_(static_cast<int>(call.blocks + CHECKING) * block_),
           width_(round_up(most_)),
-          length_(up_to(call.columns, LANES)),
-          stride_(length_ + SPREAD),
-          wide_(up_to(call.q, GROUP)),
-          basis_(most_ * stride_),
+          wide_(static_cast<int>(up_to(call.q, GROUP))),
+          size_(call.columns * block_),
+          panels_((call.rows + TALL - 1) / TALL),
+          basis_panels_((most_ + BASIS - 1) / BASIS),
+          basis_(basis_panels_ * call.columns * BASIS),
           image_(call.rows * width_),
-          packed_(up_to(call.rows, TALL) * call.columns),
-          chunks_(chunks(call.rows)),
-          chunk_(up_to((call.rows + chunks_ - 1) / chunks_, TALL)),
-          turned_(call.columns * block_),
-          total_(call.columns * block_),
-          sums_((threads > 1 ? chunks_ : 1) * call.columns * block_),
-          squares_of_(chunks_),
-          taken_(most_ * block_),
+          image_panels_(panels_ * most_ * TALL),
+          packed_(panels_ * call.columns * TALL),
+          chunk_((panels_ + chunks(call.rows) - 1) / chunks(call.rows)),
+          chunks_((panels_ + chunk_ - 1) / chunk_),
+          blocks_(2 * size_),
+          sums_((threads > 1 ? chunks_ : 1) * size_),
+          squares_of_(panels_),
+          taken_(basis_panels_ * BASIS * block_),
           gram_(up_to(most_, 4) * width_),
+          gram_block_(WIDEST * width_),
           work_(most_ * width_),
           vectors_(most_ * width_),
           values_(width_),
           rows_(GRAM_ROWS * width_),
-          factor_(wide_ * width_),
-          weights_(most_ * wide_),
-          right_(wide_ * stride_),
-          order_(most_) {}
+          weights_(basis_panels_ * BASIS * wide_),
+          right_(call.columns * wide_),
+          order_(most_),
+          now_(blocks_ + 0),
+          next_(blocks_ + size_) {}
 
     void run(std::int64_t index) {
         x_ = {call_.x[index], call_.stride};
@@ -169,16 +180,13 @@ public:
 
 private:
     Found decompose(std::int64_t index) {
-        read();
-        call_.squares[index] = squares_;
-        const double norm = std::sqrt(squares_);
-        if (!(norm > call_.low && norm < call_.high)) return Found::extremes;
-        std::frexp(squares_, &exponent_);
-        if (!begin(0, call_.start)) return Found::nothing;
-        for (int block = 0; block < call_.blocks; ++block) {
-            const bool last = block + 1 == call_.blocks;
-            multiply(block, !last);
-            if (!last && !extend(block + 1)) return Found::nothing;
+        const bool begun = begin(0, call_.start);
+        const bool in_range = read(index, call_.blocks > 1);
+        if (!in_range) return Found::extremes;
+        if (!begun) return Found::nothing;
+        for (int block = 1; block < call_.blocks; ++block) {
+            if (!extend(block)) return Found::nothing;
+            multiply(block, block + 1 < call_.blocks);
         }
         if (!ritz(static_cast<int>(call_.blocks), 0, false)) return Found::nothing;
         if (alike() && !check(index)) return Found::nothing;
@@ -190,131 +198,128 @@ private:
         return count < 1 ? 1 : count < CHUNKS ? count : CHUNKS;
     }
 
-    float* block(int number) const { return basis_ + number * block_ * stride_; }
-
     // Block `number` from vectors at random.
     bool begin(int number, const float* from) {
-        for (int c = 0; c < block_; ++c) {
-            float* to = block(number) + c * stride_;
-            std::memcpy(to, from + c * call_.columns, call_.columns * sizeof(float));
-            for (std::int64_t k = call_.columns; k < stride_; ++k) to[k] = 0;
+        if (number == 0) {
+            std::memset(basis_ + 0, 0, basis_panels_ * call_.columns * BASIS * sizeof(float));
         }
+        transpose(from, call_.columns, block_, call_.columns, next_, block_);
         return orthonormalise(number);
     }
 
-    // Calls body(chunk) for every chunk of rows, whoever of the threads takes it.
+    // Calls body(chunk, its first panel, the one after its last) for every chunk of X's panels, whoever
+    // of the threads takes it.
     template <class Body>
     void each_chunk(const Body& body) const {
         parallel_for(chunks_, 1, threads_, [&](std::int64_t from, std::int64_t to) {
-            for (std::int64_t chunk = from; chunk < to; ++chunk) body(chunk);
-        });
-    }
-
-    // The copy of X in panels, and ‖X‖².
-    void read() {
-        each_chunk([&](std::int64_t chunk) {
-            const std::int64_t end = least((chunk + 1) * chunk_, call_.rows);
-            squares_of_[chunk] = 0;
-            for (std::int64_t first = chunk * chunk_; first < end; first += TALL) {
-                const int some = least(end - first, TALL);
-                for (int i = 0; i < some; ++i) {
-                    squares_of_[chunk] += square_sum(x_[first + i], call_.columns);
-                }
-                pack(x_[first], x_.stride, some, call_.columns, packed_ + first * call_.columns);
+            for (std::int64_t chunk = from; chunk < to; ++chunk) {
+                body(chunk, chunk * chunk_, least(panels_, (chunk + 1) * chunk_));
             }
         });
-        squares_ = 0;
-        for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) squares_ += squares_of_[chunk];
     }
 
-    // Y of a block, and Xᵀ Y into the next where `back`. Chunks of rows, however many threads share
+    int rows_of(std::int64_t panel) const { return least(call_.rows - panel * TALL, TALL); }
+
+    // The copy of X in panels, with the products of the first block while a panel is in the cache, and
+    // ‖X‖²; whether that is in range.
+    bool read(std::int64_t index, bool back) {
+        multiply(0, back);
+        double squares = 0;
+        for (std::int64_t panel = 0; panel < panels_; ++panel) squares += squares_of_[panel];
+        squares_ = call_.squares[index] = squares;
+        std::frexp(squares, &exponent_);
+        const double norm = std::sqrt(squares);
+        return norm > call_.low && norm < call_.high;
+    }
+
+    void read(std::int64_t panel) const {
+        squares_of_[panel] = 0;
+        for (int i = 0; i < rows_of(panel); ++i) {
+            squares_of_[panel] += square_sum(x_[panel * TALL + i], call_.columns);
+        }
+        pack(x_[panel * TALL], x_.stride, rows_of(panel), call_.columns, TALL,
+             packed_ + panel * call_.columns * TALL);
+    }
+
+    // Y of the block in now_, and XᵀY in next_ where `back`. Chunks of rows, however many threads share
     // them, are added up in one order.
     void multiply(int number, bool back) {
-        const std::int64_t size = call_.columns * block_;
-        const float* from = block(number);
-        for (int c = 0; c < block_; ++c, from += stride_) {
-            for (std::int64_t k = 0; k < call_.columns; ++k) turned_[k * block_ + c] = from[k];
-        }
-        if (threads_ == 1) {
-            for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) {
-                multiply(number, chunk, back ? sums_ + 0 : nullptr);
-                if (back) gather(sums_ + 0, size, chunk);
-            }
-        } else {
-            each_chunk([&](std::int64_t chunk) {
-                multiply(number, chunk, back ? sums_ + chunk * size : nullptr);
-            });
-            for (std::int64_t chunk = 0; back && chunk < chunks_; ++chunk) {
-                gather(sums_ + chunk * size, size, chunk);
-            }
-        }
-        if (!back) return;
-        float* to = block(number + 1);
-        for (int c = 0; c < block_; ++c, to += stride_) {
-            for (std::int64_t k = 0; k < call_.columns; ++k) to[k] = total_[k * block_ + c];
-            for (std::int64_t k = call_.columns; k < stride_; ++k) to[k] = 0;
+        each_chunk([&](std::int64_t chunk, std::int64_t panel, std::int64_t end) {
+            // one thread takes the chunks in order
+            const bool alone = threads_ == 1;
+            float* sums = chunk == 0 ? next_ : sums_ + (alone ? 0 : chunk * size_);
+            multiply(number, panel, end, back ? sums : nullptr);
+            if (back && alone && chunk != 0) gather(sums);
+        });
+        for (std::int64_t chunk = 1; back && threads_ > 1 && chunk < chunks_; ++chunk) {
+            gather(sums_ + chunk * size_);
         }
     }
 
-    void gather(const float* part, std::int64_t size, std::int64_t chunk) const {
-        if (chunk == 0) {
-            std::memcpy(total_ + 0, part, size * sizeof(float));
-            return;
-        }
-        for (std::int64_t i = 0; i < size; ++i) total_[i] += part[i];
+    void gather(const float* part) const {
+        for (std::int64_t i = 0; i < size_; ++i) next_[i] += part[i];
     }
 
-    void multiply(int number, std::int64_t chunk, float* sums) const {
-        const std::int64_t end = least((chunk + 1) * chunk_, call_.rows);
-        if (sums) std::memset(sums, 0, call_.columns * block_ * sizeof(float));
-        for (std::int64_t first = chunk * chunk_; first < end; first += TALL) {
-            const int rows = least(end - first, TALL);
-            const float* x = packed_ + first * call_.columns;
-            alignas(64) float y[WIDEST * TALL], turned[TALL * WIDEST];
-            along_packed(x, call_.columns, turned_ + 0, block_, y);
-            for (int i = 0; i < TALL; ++i) {
-                for (int c = 0; c < block_; ++c) turned[i * block_ + c] = y[c * TALL + i];
+    void multiply(int number, std::int64_t panel, std::int64_t end, float* sums) const {
+        alignas(64) float turned[PAIR * TALL * WIDEST];
+        const std::int64_t panel_size = call_.columns * TALL;
+        for (bool fresh = true; panel < end; fresh = false) {
+            const int some = least(end - panel, PAIR);
+            const float* x = packed_ + panel * panel_size;
+            for (int one = 0; one < some; ++one, ++panel) {
+                if (number == 0) read(panel);
+                float* y = image_panels_ + (panel * most_ + number * block_) * TALL;
+                along_packed<3>(x + one * panel_size, call_.columns, now_, block_, y);
+                float* rows = turned + one * TALL * block_;
+                transpose(y, TALL, block_, TALL, rows, block_);
+                for (int i = 0; i < rows_of(panel); ++i) {
+                    std::memcpy(image_ + (panel * TALL + i) * width_ + number * block_,
+                                rows + i * block_, block_ * sizeof(float));
+                }
             }
-            for (int i = 0; i < rows; ++i) {
-                std::memcpy(image_ + (first + i) * width_ + number * block_, turned + i * block_,
-                            block_ * sizeof(float));
-            }
-            if (sums) {
-                const bool more = first + TALL < call_.rows;
-                across_packed(x, call_.columns, turned, block_, sums,
-                              more ? call_.columns * TALL : 0);
+            if (!sums) continue;
+            const Panels both{x, panel_size, some, panel + PAIR <= panels_ ? some * panel_size : 0};
+            if (fresh) {
+                across_packed<TALL, Into::fresh>(both, call_.columns, turned, block_, sums);
+            } else {
+                across_packed<TALL, Into::sum>(both, call_.columns, turned, block_, sums);
             }
         }
     }
 
-    // Block `number` from XᵀY of the one before it, which lies in its place.
+    // Block `number` from XᵀY of the one before it.
     bool extend(int number) {
         const float scale = static_cast<float>(std::ldexp(1.0, -exponent_));
-        float* to = block(number);
-        for (std::int64_t i = 0; i < block_ * stride_; ++i) to[i] *= scale;
+        for (std::int64_t i = 0; i < size_; ++i) next_[i] *= scale;
         return orthonormalise(number);
     }
 
+    // Block `number` from next_, into now_ and the basis.
     bool orthonormalise(int number) {
-        float* w = block(number);
         const int before = number * block_;
         for (int pass = 0; pass < PASSES; ++pass) {
             // All but rounding lies in the last two blocks. It goes first: taken out together with
             // the rest, it would carry over what the basis lacks in orthogonality, growing by steps.
-            if (pass == 0 && before) project(w, number > 2 ? before - 2 * block_ : 0, before);
-            const double out = before ? project(w, 0, before) : 0;
-            double g[WIDEST * WIDEST], factor[WIDEST * WIDEST];
-            gram_of_rows({w, stride_}, block_, length_, g);
+            if (pass == 0 && before) project(number > 2 ? before - 2 * block_ : 0, before);
+            const double out = before ? project(0, before) : 0;
+            double factor[WIDEST * WIDEST] = {};
+            gram_of_columns({next_, block_}, call_.columns, 0, block_, width_, gram_block_ + 0,
+                            rows_ + 0);
             double trace = 0;
-            for (int c = 0; c < block_; ++c) trace += g[c * block_ + c];
+            for (int c = 0; c < block_; ++c) trace += gram_block_[c * width_ + c];
             const double mean = trace / block_;
             if (!(mean > 1e-60 && mean < 1e60)) return false;
-            const std::size_t size = block_ * block_ * sizeof(double);
-            std::memcpy(factor, g, size);
+            const auto take = [&](double shift) {
+                for (int c = 0; c < block_; ++c) {
+                    for (int d = 0; d < block_; ++d) {
+                        factor[c * block_ + d] = gram_block_[c * width_ + d] + (c == d ? shift : 0);
+                    }
+                }
+            };
+            take(0);
             bool sound = cholesky(factor, block_, block_, 100 * SHIFT * mean);
             if (!sound) {
-                std::memcpy(factor, g, size);
-                for (int c = 0; c < block_; ++c) factor[c * block_ + c] += SHIFT * trace;
+                take(SHIFT * trace);
                 if (!cholesky(factor, block_, block_, 0)) return false;
             } else {
                 double smallest = factor[0];
@@ -325,30 +330,56 @@ private:
                 sound = smallest > SOUND * std::sqrt(mean + out / block_);
             }
             invert_lower(factor, block_, block_);
-            multiply_rows(w, block_, stride_, length_, factor);
-            if (sound) return true;
+            multiply_rows(next_, now_, block_, call_.columns, factor, block_);
+            if (sound) {
+                keep(number);
+                return true;
+            }
+            float* const other = now_;
+            now_ = next_;
+            next_ = other;
         }
         return false;
     }
 
-    // Takes out of w what lies in vectors first … last - 1; the squares of that.
-    double project(float* w, int first, int last) {
-        double out = 0;
-        const int count = last - first;
-        const Rows basis = Rows{basis_ + 0, stride_}.from(first);
+    // now_ becomes vectors of the basis.
+    void keep(int number) const {
         for (int group = 0; group < block_; group += GROUP) {
-            const Rows some{w + group * stride_, stride_};
-            for (int i = 0; i < count; i += PANEL) {
-                along(basis.from(i), least(count - i, PANEL), some, length_, taken_ + i * GROUP,
-                      GROUP);
+            float* to = basis_panel((number * block_ + group) / BASIS);
+            to += (number * block_ + group) % BASIS;
+            const float* from = now_ + group;
+            for (std::int64_t k = 0; k < call_.columns; ++k, to += BASIS, from += block_) {
+                std::memcpy(to, from, GROUP * sizeof(float));
             }
-            for (int i = 0; i < count * GROUP; ++i) {
-                out += static_cast<double>(taken_[i]) * taken_[i];
-                taken_[i] = -taken_[i];
-            }
-            across(basis, count, length_, taken_ + 0, GROUP, w + group * stride_, stride_);
         }
+    }
+
+    float* basis_panel(std::int64_t panel) const { return basis_ + panel * call_.columns * BASIS; }
+
+    // Takes out of next_ what lies in vectors first … last - 1; the squares of that.
+    double project(int first, int last) {
+        const int begin = first / BASIS, end = (last + BASIS - 1) / BASIS;
+        double out = 0;
+        for (int panel = begin; panel < end; ++panel) {
+            alignas(64) float y[WIDEST * BASIS];
+            along_packed<2>(basis_panel(panel), call_.columns, next_, block_, y);
+            for (int i = 0; i < BASIS; ++i) {
+                const int vector = panel * BASIS + i;
+                const bool meant = vector >= first && vector < last;
+                float* to = taken_ + ((panel - begin) * BASIS + i) * block_;
+                for (int c = 0; c < block_; ++c) {
+                    to[c] = meant ? -y[c * BASIS + i] : 0;
+                    out += static_cast<double>(to[c]) * to[c];
+                }
+            }
+        }
+        across_packed<BASIS, Into::sum>(basis_panels(begin, end), call_.columns, taken_ + 0, block_,
+                                        next_);
         return out;
+    }
+
+    Panels basis_panels(int begin, int end) const {
+        return {basis_panel(begin), call_.columns * BASIS, end - begin, 0};
     }
 
     // Ritz values of the first blocks, of which `known` had theirs, and their order; unless the
@@ -409,89 +440,57 @@ private:
         const std::int64_t q = call_.q;
         if (!(value(q - 1) > call_.least * value(0))) return false;
         double* s = call_.s + index * q;
-        for (std::int64_t i = 0; i < wide_ * width_; ++i) factor_[i] = 0;
-        for (std::int64_t i = 0; i < most_ * wide_; ++i) weights_[i] = 0;
+        std::memset(weights_ + 0, 0, basis_panels_ * BASIS * wide_ * sizeof(float));
         for (std::int64_t i = 0; i < q; ++i) {
             const double* z = vectors_ + order_[i] * width_;
             s[i] = value(i);
-            for (int j = 0; j < count_; ++j) {
-                factor_[i * width_ + j] = static_cast<float>(z[j] / s[i]);
-                weights_[j * wide_ + i] = static_cast<float>(z[j]);
-            }
+            for (int j = 0; j < count_; ++j) weights_[j * wide_ + i] = static_cast<float>(z[j]);
         }
-        return left(call_.u + index * call_.rows * q) && right(call_.vh + index * q * call_.columns);
+        right();
+        if (!orthonormal(right_ + 0, call_.columns, wide_)) return false;
+        transpose(right_ + 0, wide_, call_.columns, q, call_.vh + index * q * call_.columns,
+                  call_.columns);
+        float* u = call_.u + index * call_.rows * q;
+        left(u);
+        return orthonormal(u, call_.rows, static_cast<int>(q));
     }
 
-    // U = Y Z / s.
-    bool left(float* u) {
-        turn({image_ + 0, width_}, count_, u);
-        Rows found{u, call_.q};
-        gram_of_columns(found, call_.rows, 0, static_cast<int>(call_.q), width_, gram_ + 0,
-                        rows_ + 0);
+    // V = Q Z [columns, wide].
+    void right() const {
+        across_packed<BASIS, Into::fresh>(basis_panels(0, (count_ + BASIS - 1) / BASIS),
+                                          call_.columns, weights_ + 0, wide_, right_ + 0);
+    }
+
+    // U = Y Z / s [rows, q].
+    void left(float* u) const {
+        for (std::int64_t i = 0; i < call_.q; ++i) {
+            const double* z = vectors_ + order_[i] * width_;
+            for (int j = 0; j < count_; ++j) {
+                weights_[j * wide_ + i] = static_cast<float>(z[j] / value(i));
+            }
+        }
+        Buffer<float> some(wide_ * TALL);
+        for (std::int64_t panel = 0; panel < panels_; ++panel) {
+            along_packed<3>(image_panels_ + panel * most_ * TALL, count_, weights_ + 0, wide_,
+                            some + 0);
+            transpose(some + 0, TALL, call_.q, rows_of(panel), u + panel * TALL * call_.q, call_.q);
+        }
+    }
+
+    // Whether vectors, the first q columns of x [rows, width], are orthonormal, if need be after one
+    // Cholesky pass.
+    bool orthonormal(float* x, std::int64_t rows, int width) const {
+        const int q = static_cast<int>(call_.q);
+        gram_of_columns({x, width}, rows, 0, q, width_, gram_ + 0, rows_ + 0);
         const double off = off_identity();
         if (off <= ORTHONORMAL) return true;
-        if (!(off <= REPAIRED) || !whitener()) return false;
-        turn(found, static_cast<int>(call_.q), u);
+        if (!(off <= REPAIRED) || !cholesky(gram_ + 0, q, width_, 0)) return false;
+        invert_lower(gram_ + 0, q, width_);
+        for (int i = q; i < width; ++i) {
+            for (int j = 0; j < width; ++j) gram_[i * width_ + j] = 0;
+        }
+        multiply_rows(x, x, width, rows, gram_ + 0, width_);
         return true;
-    }
-
-    // to [rows, q] = from [rows, length] factor_ᵀ, which may be in place.
-    void turn(Rows from, int length, float* to) const {
-        Buffer<float> some(PANEL * wide_);
-        for (std::int64_t first = 0; first < call_.rows; first += PANEL) {
-            const int rows = least(call_.rows - first, PANEL);
-            for (std::int64_t group = 0; group < wide_; group += GROUP) {
-                along(from.from(first), rows, {factor_ + group * width_, width_}, length,
-                      some + group, wide_);
-            }
-            for (int i = 0; i < rows; ++i) {
-                std::memcpy(to + (first + i) * call_.q, some + i * wide_, call_.q * sizeof(float));
-            }
-        }
-    }
-
-    // Vh = Zᵀ Q.
-    bool right(float* vh) {
-        const std::int64_t q = call_.q;
-        combine({basis_ + 0, stride_}, count_, right_ + 0);
-        for (std::int64_t group = 0; group < wide_; group += GROUP) {
-            for (std::int64_t i = 0; i < q; i += PANEL) {
-                float some[PANEL * GROUP];
-                const int rows = least(q - i, PANEL);
-                along({right_ + i * stride_, stride_}, rows, {right_ + group * stride_, stride_},
-                      length_, some, GROUP);
-                for (int j = 0; j < rows; ++j) {
-                    for (int c = 0; c < GROUP; ++c) {
-                        gram_[(i + j) * width_ + group + c] = some[j * GROUP + c];
-                    }
-                }
-            }
-        }
-        const double off = off_identity();
-        if (off > ORTHONORMAL) {
-            if (!(off <= REPAIRED) || !whitener()) return false;
-            for (std::int64_t i = 0; i < q; ++i) {
-                for (std::int64_t j = 0; j < wide_; ++j) {
-                    weights_[i * wide_ + j] = j < q ? factor_[j * width_ + i] : 0;
-                }
-            }
-            Buffer<float> old(q * stride_);
-            std::memcpy(old + 0, right_ + 0, q * stride_ * sizeof(float));
-            combine({old + 0, stride_}, static_cast<int>(q), right_ + 0);
-        }
-        for (std::int64_t i = 0; i < q; ++i) {
-            std::memcpy(vh + i * call_.columns, right_ + i * stride_,
-                        call_.columns * sizeof(float));
-        }
-        return true;
-    }
-
-    // to_j = Σ_i weights_ij from_i.
-    void combine(Rows from, int count, float* to) const {
-        for (std::int64_t i = 0; i < wide_ * stride_; ++i) to[i] = 0;
-        for (std::int64_t group = 0; group < wide_; group += GROUP) {
-            across(from, count, length_, weights_ + group, wide_, to + group * stride_, stride_);
-        }
     }
 
     // The largest element of gram_ - I in its q rows and columns.
@@ -506,34 +505,25 @@ private:
         return most;
     }
 
-    // factor_ = L⁻¹ of gram_ = L Lᵀ, in its q rows and columns.
-    bool whitener() {
-        const int q = static_cast<int>(call_.q);
-        if (!cholesky(gram_ + 0, q, width_, 0)) return false;
-        invert_lower(gram_ + 0, q, width_);
-        for (std::int64_t i = 0; i < wide_ * width_; ++i) factor_[i] = 0;
-        for (int i = 0; i < q; ++i) {
-            for (int j = 0; j <= i; ++j) {
-                factor_[i * width_ + j] = static_cast<float>(gram_[i * width_ + j]);
-            }
-        }
-        return true;
-    }
-
     const BlockLanczos& call_;
-    const int threads_, block_;
-    const std::int64_t most_, width_, length_, stride_, wide_;
-    const Buffer<float> basis_;  // Q, a vector a row
-    const Buffer<float> image_;  // X Qᵀ, a vector a column
-    const Buffer<float> packed_;  // X, see packed.hpp
-    const std::int64_t chunks_, chunk_;
-    const Buffer<float> turned_, total_;  // a block and XᵀY, an element of all vectors together
-    const Buffer<float> sums_;  // XᵀY of a chunk, of every chunk where threads share them
-    const Buffer<double> squares_of_;
+    const int threads_, block_, most_;
+    const std::int64_t width_;
+    const int wide_;
+    const std::int64_t size_;  // of a block
+    const std::int64_t panels_, basis_panels_;
+    const Buffer<float> basis_;         // Q in panels
+    const Buffer<float> image_;         // X Q [rows, width_]
+    const Buffer<float> image_panels_;  // the same in panels as X's
+    const Buffer<float> packed_;        // X in panels
+    const std::int64_t chunk_, chunks_;  // panels of one, and how many
+    const Buffer<float> blocks_;         // now_ and next_
+    const Buffer<float> sums_;           // XᵀY of a chunk, of every chunk where threads share them
+    const Buffer<double> squares_of_;   // of panels
     const Buffer<float> taken_;
-    const Buffer<double> gram_, work_, vectors_, values_, rows_;
-    const Buffer<float> factor_, weights_, right_;
+    const Buffer<double> gram_, gram_block_, work_, vectors_, values_, rows_;
+    const Buffer<float> weights_, right_;
     const Buffer<int> order_;
+    float *now_, *next_;  // a block, and what the one after it is made from: [columns, block_]
     Rows x_{};
     double squares_ = 0;
     int exponent_ = 0, count_ = 0;
