@@ -28,7 +28,8 @@ def _not_measured(at: Situation) -> str | None:
 # (fewest matrices in the stack, largest n) for which the native kernels are the faster, of both
 # operations: a register holds one matrix a lane, and threads share the rest. Measured with
 # ``python -m bench.small_solvers``; README, "Which is faster".
-NATIVE_UP_TO = ((1, 8), (4, 16), (8, 32))
+_WITH_AVX512, _WITHOUT = ((1, 8), (4, 16), (8, 32)), ((1, 16), (4, 32), (8, 48))
+NATIVE_UP_TO = _WITH_AVX512 if torch.backends.cpu.get_cpu_capability() == "AVX512" else _WITHOUT
 
 
 # Each module has ``symmetric_eigen`` and ``small_svd``, of stacks [batch, m, n] with m ≥ n.
