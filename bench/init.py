@@ -5,8 +5,9 @@
 
 All linears of the model (SmolLM2-135M unless named otherwise: 210) get
 init_lora_weights="pissa_niter_4", by both, on copies of one model in float32. The two take turns in
-one process, each round in the other order; a figure is the median with the fastest and the slowest
-round. Copying the model is not timed. --whole adds ours without iteration, "pissa".
+one process, each round in another order; a figure is the median with the fastest and the slowest
+round, the ratio the median of the rounds'. Copying the model is not timed. --whole adds ours
+without iteration, "pissa".
 
 Before anything is timed, ours is checked on every layer: W_res + sBA is the weight to 1e-6 of its
 largest entry, ‖W_res‖_F is no more than peft's on any layer, and the logits are the model's to 1e-4
@@ -21,15 +22,14 @@ import copy
 import json
 import statistics
 import sys
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastlora
+from bench.measure import take_turns
 from fastlora import LoRAConfig
 from fastlora.adapters import layers
 from fastlora.cli.demo.model import find, load
@@ -114,24 +114,26 @@ def main(argv: list[str] | None = None) -> int:
         print("; ".join(wrong[:5]) + "; nothing is timed", file=sys.stderr)
         return 1
     del pair
-    ways: dict[str, Callable[[Any], Any]] = {
-        "fastlora": lambda model: ours(model, args.rank, init),
-        "peft": lambda model: theirs(model, args.rank, init),
-    }
+    inits = {"fastlora": (ours, init), "peft": (theirs, init)}
     if args.whole:
-        ways["fastlora, pissa"] = lambda model: ours(model, args.rank, "pissa")
-    rounds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(args.rounds):
-        for name in list(ways)[:: -1 if number % 2 else 1]:
-            model = copy.deepcopy(base)
-            started = time.perf_counter()
-            ways[name](model)
-            rounds[name].append(time.perf_counter() - started)
-            del model
+        inits["fastlora, pissa"] = (ours, "pissa")
+    fresh: list[Any] = []
+
+    def before(name: str) -> None:
+        fresh.clear()
+        fresh.append(copy.deepcopy(base))
+
+    calls = {
+        name: (lambda mark, start=start, how=how: start(fresh[0], args.rank, how))
+        for name, (start, how) in inits.items()
+    }
+    taken = take_turns(calls, args.rounds, "cpu", warmup=1, before=before).totals()
+    rounds = {name: [one / 1e3 for one in own] for name, own in taken.items()}
     for name, seconds in rounds.items():
         spread = f"{min(seconds):>8.2f} {max(seconds):>8.2f}"
         print(f"  {name:<16} {statistics.median(seconds):>8.2f} {spread} s")
-    ratio = statistics.median(rounds["peft"]) / statistics.median(rounds["fastlora"])
+    pairs = zip(rounds["peft"], rounds["fastlora"], strict=True)
+    ratio = statistics.median(theirs_ / ours_ for theirs_, ours_ in pairs)
     print(f"  {ratio:.2f} times peft")
     if args.json:
         figures = {"conditions": conditions, "s": rounds, "ratio": ratio}

@@ -25,6 +25,18 @@ class Taken(NamedTuple):
     layer: LoRALinear
     lora_A: Tensor  # [r, K]
     lora_B: Tensor  # [N, r]
+    weight_is_finite: bool = False  # that of the layer, for all that is known
+
+    def leaves_finite(self, residual: Tensor) -> bool:
+        """Whether all of ``residual()`` is finite; mostly known without reading it."""
+        limit = torch.finfo(residual.dtype)
+        r = self.lora_A.shape[0]
+        # an infinite factor makes it infinite or NaN, neither of which is small
+        most = self.layer.scaling * r * self.lora_A.abs().max() * self.lora_B.abs().max()
+        # less than half the last place of the largest number takes no number beyond that
+        if self.weight_is_finite and bool(most < limit.max * limit.eps / 8):
+            return True
+        return _is_finite(residual)
 
     def residual(self) -> Tensor:
         """W − sBA, rounded once, of the factors as the layer will hold them."""
@@ -65,7 +77,7 @@ def pissa(layers: Mapping[str, LoRALinear], niter: int | None) -> list[Taken]:
             check_finite(weights, "weight")
             raise
         for name, (B, A) in zip(names, factors, strict=True):
-            found[name] = Taken(name, layers[name], A, B)
+            found[name] = Taken(name, layers[name], A, B, weight_is_finite=True)
     return [found[name] for name in layers]
 
 
@@ -135,7 +147,7 @@ def taken_out(starts: Sequence[Taken]) -> Iterator[None]:
             for taken in starts:
                 layer = taken.layer
                 residual = taken.residual()
-                if not _is_finite(residual):
+                if not taken.leaves_finite(residual):
                     raise ValueError(f"without its start the weight of {taken.name} is not finite")
                 if layer.weight.device.type == "cpu":  # its old memory is the copy
                     before.append((layer, layer.weight.data))
