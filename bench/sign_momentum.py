@@ -13,14 +13,17 @@ each round in another order:
     lion-pytorch            its foreach optimizer's step: the package where it is installed, else
                             the same calls written from its published rule
     AdamW fused             torch.optim.AdamW(fused=True).step()
+    compiled                the published rule through torch.compile: a C++ loop for each tensor,
+                            which reads and writes what an fp32 step must. For ``large`` alone,
+                            as 240 loops take minutes to compile, and where there is a compiler
     copy                    one copy of 10 bytes a parameter: 20 moved, as an fp32 step must
 
 In its turn a way makes five steps: the first finds the caches full of the others' tensors, as after
 a backward pass, the next ones what it left there itself. For both a row has the median in
 microseconds, the fastest and slowest round, and how many times faster ``native`` is, as the median
 of the ratios within each round. Before a case is timed, native, bf16
-and 8-bit must equal the reference to the bit, and native must follow lion-pytorch to 1e-6 of the
-learning rate; where one is off, nothing is reported and the exit status is 1.
+and 8-bit must equal the reference to the bit, and native must follow lion-pytorch and compiled to
+1e-6 of the parameters; where one is off, nothing is reported and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -98,6 +101,36 @@ def lion_pytorch(
     return Lion(params, lr=lr, betas=betas, weight_decay=weight_decay), "the package"
 
 
+class Compiled:
+    """The rule as one would write it, fused by torch.compile."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.params = list(params)
+        self.momenta = [torch.zeros_like(param) for param in params]
+        self._rule = torch.compile(_rule)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self._rule(self.params, [param.grad for param in self.params], self.momenta)
+
+
+def _rule(params: list[Tensor], grads: list[Tensor], momenta: list[Tensor]) -> None:
+    for param, grad, momentum in zip(params, grads, momenta, strict=True):
+        update = torch.sign(BETAS[0] * momentum + (1 - BETAS[0]) * grad)
+        param.copy_(param * (1 - LR * DECAY) - LR * update)
+        momentum.copy_(BETAS[1] * momentum + (1 - BETAS[1]) * grad)
+
+
+def compiles(shapes: list[tuple[int, int]]) -> bool:
+    """Whether the rule can be compiled for them; if not, stderr says why."""
+    try:
+        Compiled(parameters(shapes, torch.float32)).step()
+    except Exception as error:  # of many types: no compiler, no headers, a platform without either
+        print(f"compiled is absent: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        return False
+    return True
+
+
 @contextmanager
 def as_reference() -> Iterator[None]:
     """``sign_momentum`` computes by the reference, whatever backend is asked for."""
@@ -156,8 +189,18 @@ OURS = {
 }
 
 
-def check(shapes: list[tuple[int, int]]) -> list[str]:
-    """What is wrong, as sentences."""
+def rivals(shapes: list[tuple[int, int]], compile: bool) -> dict[str, tuple[list[Tensor], Any]]:
+    """What else follows the rule, by name: parameters of its own, and what steps them."""
+    params = parameters(shapes, torch.float32)
+    made = {"lion-pytorch": (params, lion_pytorch(params)[0])}
+    if compile:
+        params = parameters(shapes, torch.float32)
+        made["compiled"] = params, Compiled(params)
+    return made
+
+
+def check(shapes: list[tuple[int, int]], compile: bool) -> list[str]:
+    """What is wrong, as sentences; ``compile``: of what is compiled as well."""
     wrong = []
     for name, how in OURS.items():
         own, plain = Ours(shapes, *how), Ours(shapes, *how)
@@ -167,27 +210,27 @@ def check(shapes: list[tuple[int, int]]) -> list[str]:
                 plain.step()
         if own.bytes() != plain.bytes():
             wrong.append(f"{name} is not the reference to the bit")
-        if name == "native":
-            theirs = parameters(shapes, torch.float32)
-            rival = lion_pytorch(theirs)[0]
+        if name != "native":
+            continue
+        for rival, (theirs, optimizer) in rivals(shapes, compile).items():
             for _ in range(2):
-                rival.step()
+                optimizer.step()
             worst = max(
                 float((a.detach() - b.detach()).abs().max() / b.detach().abs().max())
                 for a, b in zip(own.params, theirs, strict=True)
             )
             if not worst <= 1e-6:
-                wrong.append(f"native is {worst:.1e} away from lion-pytorch")
+                wrong.append(f"native is {worst:.1e} away from {rival}")
     return wrong
 
 
-def ways(shapes: list[tuple[int, int]]) -> tuple[dict[str, Callable[[], object]], str]:
-    """A step of each way, on tensors of its own; and what lion-pytorch is."""
+def ways(shapes: list[tuple[int, int]], compile: bool) -> dict[str, Callable[[], object]]:
+    """A step of each way, on tensors of its own."""
     calls: dict[str, Callable[[], object]] = {}
     for name, how in OURS.items():
         calls[name] = Ours(shapes, *how).step
-    rival, what = lion_pytorch(parameters(shapes, torch.float32))
-    calls["lion-pytorch"] = rival.step
+    for name, (_, optimizer) in rivals(shapes, compile).items():
+        calls[name] = optimizer.step
     adam = torch.optim.AdamW(
         parameters(shapes, torch.float32), lr=LR, weight_decay=DECAY, fused=True
     )
@@ -195,7 +238,7 @@ def ways(shapes: list[tuple[int, int]]) -> tuple[dict[str, Callable[[], object]]
     count = sum(a * b for a, b in shapes)
     source, target = torch.ones(10 * count, dtype=torch.uint8), torch.ones(10 * count).byte()
     calls["copy"] = lambda: target.copy_(source)
-    return calls, what
+    return calls
 
 
 def _turn(step: Callable[[], object]) -> Call:
@@ -235,10 +278,11 @@ def main(argv: list[str] | None = None) -> int:
     figures = {}
     for case in args.case:
         shapes = CASES[case]
-        if wrong := check(shapes):
+        compile = case == "large" and compiles(shapes)
+        if wrong := check(shapes, compile):
             print(f"{case}: {'; '.join(wrong)}: nothing is reported", file=sys.stderr)
             return 1
-        steps, _ = ways(shapes)
+        steps = ways(shapes, compile)
         turns = {name: _turn(step) for name, step in steps.items()}
         laps = take_turns(turns, args.rounds, "cpu", warmup=1).laps
         first = {name: [1e3 * one for one, _ in own] for name, own in laps.items()}

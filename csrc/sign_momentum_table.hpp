@@ -27,32 +27,24 @@ public:
               pybind11::object by_row) {
         const List theta(params), g(grads), m(momenta);
         const std::int64_t count = m.size();
-        entries_.clear();
-        if ((theta && theta.size() != count) || (g && g.size() != count)) return false;
-        PlainTensor seen, other;
+        if ((theta && theta.size() != count) || (g && g.size() != count)) return forget();
+        std::string rows = by_row.is_none() ? std::string() : by_row.cast<std::string>();
+        bool same = ready_ && size() == count && rows == by_row_;
+        ready_ = false;
+        by_row_.swap(rows);
+        entries_.resize(static_cast<std::size_t>(count));
         for (std::int64_t i = 0; i < count; ++i) {
-            for (const List* list : {&theta, &g, &m}) list->fetch(i + AHEAD);
+            for (const List* list : {&theta, &g, &m}) reader_.fetch(*list, i);
             Entry entry{};
-            if (!read_momentum(m[i], seen, entry)) return false;
-            entry.count = seen.count;
-            entry.row = seen.row;
-            if (theta) {
-                if (!reader_.read(theta[i], other) || other.shape != seen.shape) return false;
-                if (!stored(other.kind, entry.param_type)) return false;
-                entry.param = other.data;
-            }
-            if (g) {
-                if (!reader_.read(g[i], other) || other.shape != seen.shape) return false;
-                if (!stored(other.kind, entry.grad_type)) return false;
-                entry.grad = other.data;
-            }
-            entries_.push_back(entry);
+            if (!read_entry(theta, g, m, i, entry)) return forget();
+            same = same && alike(entries_[i], entry);
+            entries_[i] = entry;
         }
-        if (written_twice()) {
-            entries_.clear();
-            return false;
+        if (!same) {
+            if (written_twice()) return forget();
+            cut();
         }
-        cut(by_row.is_none() ? nullptr : PyBytes_AsString(by_row.ptr()));
+        ready_ = true;
         return true;
     }
 
@@ -99,34 +91,39 @@ public:
 private:
     // About what stays in a core's second cache from the look at it to the update.
     static constexpr std::int64_t CHUNK = 32768;
-    static constexpr std::int64_t AHEAD = 8;
-
-    // A list or tuple, or nothing.
-    class List {
-    public:
-        explicit List(const pybind11::object& from) {
-            if (from.is_none()) return;
-            fast_ = pybind11::reinterpret_steal<pybind11::object>(
-                PySequence_Fast(from.ptr(), "expected a sequence of tensors"));
-            if (!fast_) throw pybind11::error_already_set();
-        }
-        explicit operator bool() const { return static_cast<bool>(fast_); }
-        std::int64_t size() const { return fast_ ? PySequence_Fast_GET_SIZE(fast_.ptr()) : 0; }
-        // Asks the caches for an object that is read soon; a step has driven them all out.
-        void fetch(std::int64_t i) const {
-            if (i < size()) __builtin_prefetch((*this)[i]);
-        }
-        PyObject* operator[](std::int64_t i) const {
-            return PySequence_Fast_GET_ITEM(fast_.ptr(), i);
-        }
-
-    private:
-        pybind11::object fast_;
-    };
 
     static bool stored(char kind, Stored& out) {
         out = kind == 'f' ? Stored::f32 : kind == 'b' ? Stored::bf16 : Stored::f16;
         return kind != 'q';
+    }
+
+    bool forget() {
+        entries_.clear();
+        return false;
+    }
+
+    bool read_entry(const List& theta, const List& g, const List& m, std::int64_t i, Entry& entry) {
+        if (!read_momentum(m[i], seen_, entry)) return false;
+        entry.count = seen_.count;
+        entry.row = seen_.row;
+        if (theta) {
+            if (!reader_.read(theta[i], other_) || other_.shape != seen_.shape) return false;
+            if (!stored(other_.kind, entry.param_type)) return false;
+            entry.param = other_.data;
+        }
+        if (g) {
+            if (!reader_.read(g[i], other_) || other_.shape != seen_.shape) return false;
+            if (!stored(other_.kind, entry.grad_type)) return false;
+            entry.grad = other_.data;
+        }
+        return true;
+    }
+
+    // Whether what is written lies where it lay, and is cut as it was.
+    static bool alike(const Entry& one, const Entry& other) {
+        return one.param == other.param && one.momentum == other.momentum &&
+               one.count == other.count && one.row == other.row &&
+               one.momentum_type == other.momentum_type;
     }
 
     bool read_momentum(PyObject* momentum, PlainTensor& seen, Entry& entry) const {
@@ -135,11 +132,11 @@ private:
             entry.momentum = seen.data;
             return stored(seen.kind, entry.momentum_type);
         }
-        const pybind11::handle coded(momentum);
-        if (!pybind11::hasattr(coded, "codes") || !pybind11::hasattr(coded, "scales")) return false;
+        const pybind11::object scaled = attribute(momentum, scales_);
+        const pybind11::object coded = attribute(momentum, codes_);
         PlainTensor scales;
-        if (!reader_.read(coded.attr("scales").ptr(), scales) || scales.kind != 'f') return false;
-        if (!reader_.read(coded.attr("codes").ptr(), seen) || seen.kind != 'q') return false;
+        if (!scaled || !reader_.read(scaled.ptr(), scales) || scales.kind != 'f') return false;
+        if (!coded || !reader_.read(coded.ptr(), seen) || seen.kind != 'q') return false;
         if (scales.count != (seen.count + Q8_BLOCK - 1) / Q8_BLOCK) return false;
         entry.momentum = seen.data;
         entry.scales = reinterpret_cast<float*>(scales.data);
@@ -158,13 +155,13 @@ private:
         return std::adjacent_find(addresses_.begin(), addresses_.end()) != addresses_.end();
     }
 
-    void cut(const char* by_row) {
+    void cut() {
         chunks_.clear();
         for (std::int64_t i = 0; i < size(); ++i) {
             const Entry& entry = entries_[i];
             if (!entry.count) continue;
             std::int64_t unit = Q8_BLOCK;
-            if (by_row && by_row[i]) {
+            if (!by_row_.empty() && by_row_[i]) {
                 unit = entry.momentum_type == Stored::q8 ? common(entry.row, Q8_BLOCK) : entry.row;
             }
             const std::int64_t length = std::max<std::int64_t>(CHUNK / unit, 1) * unit;
@@ -185,7 +182,11 @@ private:
     }
 
     TensorReader reader_;
+    const pybind11::str scales_{"scales"}, codes_{"codes"};
+    PlainTensor seen_, other_;  // here for the memory of their shapes
     std::vector<Entry> entries_;
+    std::string by_row_;  // as given to read
+    bool ready_ = false;  // the last read went through, and all else here is of its lists
     std::vector<Chunk> chunks_;
     std::vector<const void*> addresses_;
 };

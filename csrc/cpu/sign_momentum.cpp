@@ -154,12 +154,19 @@ inline void one(char* param, const char* grad, char* momentum, const Step& step,
     }
 }
 
+// Asks the caches for what a stream reads some lines later. The processor does so by itself, but not
+// over the end of a page, of which a tensor of 36 KiB has nine.
+inline void fetch(const char* now) { __builtin_prefetch(now + 384); }
+
 template <class P, class G, class M>
 void update(char* param, const char* grad, char* momentum, std::int64_t count, const Step& given,
             std::int64_t index) {
     const Step step = given;  // a copy of its own, that stores cannot change
     std::int64_t i = 0;
     for (; i + LANES <= count; i += LANES) {
+        if (P::BYTES) fetch(param + i * P::BYTES);
+        if (G::BYTES) fetch(grad + i * G::BYTES);
+        fetch(momentum + i * M::BYTES);
         one<P, G, M>(param + i * P::BYTES, grad + i * G::BYTES, momentum + i * M::BYTES, step,
                      static_cast<std::uint32_t>(index + i));
     }
@@ -191,6 +198,9 @@ void update_pairs(char* param, const char* grad, char* momentum, std::int64_t co
     const Step step = given;
     std::int64_t i = 0;
     for (; i + PAIRS <= count; i += PAIRS) {
+        fetch(param + 2 * i);
+        fetch(grad + 2 * i);
+        fetch(momentum + 2 * i);
         Words p, g, m;
         std::memcpy(&p, param + 2 * i, sizeof p);
         std::memcpy(&g, grad + 2 * i, sizeof g);

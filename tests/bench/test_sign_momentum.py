@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from bench import sign_momentum
 from fastlora.ops import library
@@ -36,3 +37,18 @@ def test_nothing_is_reported_where_a_way_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(eager, "update", off)
     assert sign_momentum.main(SMALL) == 1
     assert "eager is not the reference" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_is_compiled_is_timed_where_there_is_a_compiler(monkeypatch, capsys, tmp_path, there):
+    def compile_(rule):
+        if not there:
+            raise RuntimeError("no compiler\nand more")
+        return rule
+
+    monkeypatch.setattr(sign_momentum, "CASES", {"large": [(4, 5), (3, 2)]})
+    monkeypatch.setattr(torch, "compile", compile_)
+    file = tmp_path / "figures"
+    assert sign_momentum.main([*SMALL[2:], "--json", str(file)]) == 0
+    assert len(json.loads(file.read_text())["cases"]["large"]["µs of the first step"]) == 7 + there
+    assert ("compiled is absent: no compiler\n" in capsys.readouterr().err) != there

@@ -295,21 +295,24 @@ def _like(name: str, tensor: Tensor, shape: Any, device: torch.device) -> None:
 def _step(
     lr: Any, weight_decay: Any, floor: Any, relative: Any, n: int
 ) -> tuple[Sequence[Number], Sequence[Number], Sequence[Number], Sequence[str | None] | None]:
-    if relative is None or isinstance(relative, str):
-        kinds: list[str | None] = [relative] * n
-    else:
-        kinds = list(relative)
-        if len(kinds) != n:
-            raise ValueError(f"relative has {len(kinds)} entries for {n} tensors")
-    for kind in set(kinds):
-        if kind not in RELATIVE:
-            raise ValueError(f"relative is None, 'tensor' or 'rows', not {kind!r}")
+    kinds = None if relative is None else _kinds(relative, n)
     return (
         _numbers("lr", lr, n),
         _numbers("weight_decay", weight_decay, n),
         _numbers("floor", floor, n),
-        kinds if any(kinds) else None,
+        kinds,
     )
+
+
+def _kinds(relative: Any, n: int) -> list[str | None] | None:
+    """One per tensor; None where no rate is relative."""
+    kinds: list[str | None] = [relative] * n if isinstance(relative, str) else list(relative)
+    if len(kinds) != n:
+        raise ValueError(f"relative has {len(kinds)} entries for {n} tensors")
+    for kind in set(kinds):
+        if kind not in RELATIVE:
+            raise ValueError(f"relative is None, 'tensor' or 'rows', not {kind!r}")
+    return kinds if any(kinds) else None
 
 
 def _numbers(name: str, value: Any, n: int) -> list[Number]:

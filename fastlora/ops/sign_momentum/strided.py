@@ -38,6 +38,6 @@ def _plain(tensor: Tensor) -> Tensor:
 def say_written(job: Job) -> None:
     """So that autograd notices a tensor that it had saved."""
     written: list[Any] = [*(job.params or ()), *job.momenta]
-    if EightBit in set(map(type, job.momenta)):
+    if EightBit in map(type, job.momenta):
         written = [tensor for tensor in written if isinstance(tensor, Tensor)]
     torch.autograd.graph.increment_version(written)
