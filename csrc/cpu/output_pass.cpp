@@ -15,15 +15,13 @@ constexpr int STRIP = LANES == 4 ? 48 : 96;  // columns: many, a strip loads and
 constexpr int HEIGHT = 64;                   // and rows of a block
 constexpr int VECTORS = 6;                   // summed up at a time
 
-// A block of dY and of what is read beside it, from column `first` on. `width` columns of it are
-// the matrix's; a narrower block than STRIP is a copy with zeros beyond them.
+// A block of dY, from column `first` on, as a matrix of STRIP columns without gaps: rows of dY lie
+// a power of two apart as often as not, and then few of them fit the inner cache at once. `width`
+// of its columns are the matrix's, those beyond hold zeros.
 struct Block {
     std::int64_t row, first;
     int height, width;
-    const float *dy, *read;
-    std::int64_t dy_stride, read_stride;
-    float* scaled;
-    std::int64_t scaled_stride;
+    float* values;
 };
 
 class Job {
@@ -42,7 +40,7 @@ public:
     }
 
     void range(std::int64_t first, std::int64_t last) const {
-        double* part = parts_ + first / length_ * call_.rows * ranks_;
+        float* part = parts_ + first / length_ * call_.rows * ranks_;
         if (call_.h) zero(part, call_.rows * ranks_);
         for (; first < last; first += STRIP) strip(first, least(last - first, STRIP), part);
     }
@@ -62,38 +60,38 @@ public:
     }
 
 private:
-    void strip(std::int64_t first, int width, double* part) const {
-        Buffer<float> c(call_.h ? STRIP * ranks_ : 0);
-        Buffer<float> copies(width < STRIP ? 3 * HEIGHT * STRIP : 0);
-        Buffer<double> dc(call_.dc ? call_.r * STRIP : 0);
+    void strip(std::int64_t first, int width, float* part) const {
+        const bool whole = width == STRIP && ranks_ == call_.r;  // C can be read where it is
+        Buffer<float> copy(call_.h && !whole ? STRIP * ranks_ : 0);
+        const Right c = whole ? Right{call_.c + first * call_.c_stride, call_.c_stride, ranks_}
+                              : Right{copy + 0, ranks_, ranks_};
+        Buffer<float> own(2 * HEIGHT * STRIP);
+        Buffer<float> dc(call_.dc ? call_.r * STRIP : 0);
         float g[STRIP] = {}, bias[STRIP] = {};
         double dots[STRIP] = {}, squares[STRIP] = {};
         for (int j = 0; j < width; ++j) {
             if (call_.g) g[j] = call_.g[first + j];
             if (call_.bias) bias[j] = call_.bias[first + j];
         }
-        if (call_.h) fill(first, width, c + 0);
+        if (call_.h && !whole) fill(first, width, copy + 0);
         if (call_.dc) zero(dc + 0, call_.r * STRIP);
         for (std::int64_t row = 0; row < call_.rows; row += HEIGHT) {
-            const Block block = take(row, first, width, copies + 0);
+            const Block block{row, first, least(call_.rows - row, HEIGHT), width, own + 0};
+            take(call_.dy, call_.dy_stride, block, block.values);
+            if (call_.read) sum_up(block, bias, dots, squares, own + HEIGHT * STRIP);
             if (call_.scaled) scale(block, g);
-            if (call_.read) sum_up(block, bias, dots, squares);
-            const float* own = call_.scaled ? block.scaled : block.dy;
-            const std::int64_t stride = call_.scaled ? block.scaled_stride : block.dy_stride;
             if (call_.h) {
-                add_product(own, stride, block.height, {c + 0, ranks_, ranks_}, STRIP,
-                            part + row * ranks_);
+                add_product(block.values, STRIP, block.height, c, STRIP, part + row * ranks_);
             }
             if (call_.dc) {
-                add_product(turned_ + row, call_.rows, call_.r, {own, stride, STRIP}, block.height,
-                            dc + 0);
+                add_product(turned_ + row, call_.rows, call_.r, {block.values, STRIP, STRIP},
+                            block.height, dc + 0);
             }
-            if (width < STRIP && call_.scaled) give_back(block);
         }
         for (int j = 0; j < width; ++j) {
             if (call_.read) finish(first + j, dots[j], squares[j]);
             for (std::int64_t i = 0; call_.dc && i < call_.r; ++i) {
-                call_.dc[(first + j) * call_.r + i] = static_cast<float>(dc[i * STRIP + j]);
+                call_.dc[(first + j) * call_.r + i] = dc[i * STRIP + j];
             }
         }
     }
@@ -108,45 +106,47 @@ private:
         }
     }
 
-    Block take(std::int64_t row, std::int64_t first, int width, float* copies) const {
-        Block block{row, first, least(call_.rows - row, HEIGHT), width,
-                    call_.dy + row * call_.dy_stride + first,
-                    call_.read ? call_.read + row * call_.read_stride + first : nullptr,
-                    call_.dy_stride, call_.read_stride,
-                    call_.scaled ? call_.scaled + row * call_.columns + first : nullptr,
-                    call_.columns};
-        if (width == STRIP) return block;
-        for (int m = 0; m < block.height; ++m) {
-            for (int j = 0; j < STRIP; ++j) {
-                float* to = copies + m * STRIP + j;
-                *to = j < width ? block.dy[m * block.dy_stride + j] : 0;
-                if (!call_.read) continue;
-                to[HEIGHT * STRIP] = j < width ? block.read[m * block.read_stride + j] : 0;
+    // The block's part of a matrix.
+    static void take(const float* from, std::int64_t stride, const Block& block, float* to) {
+        from += block.row * stride + block.first;
+        for (int m = 0; m < block.height; ++m, from += stride, to += STRIP) {
+            if (block.width == STRIP) {
+                for (int v = 0; v < STRIP; v += LANES) store(to + v, load(from + v));
+            } else {
+                for (int j = 0; j < STRIP; ++j) to[j] = j < block.width ? from[j] : 0;
             }
         }
-        block.dy = copies;
-        block.read = copies + HEIGHT * STRIP;
-        block.scaled = copies + 2 * HEIGHT * STRIP;
-        block.dy_stride = block.read_stride = block.scaled_stride = STRIP;
-        return block;
     }
 
-    static void scale(const Block& block, const float* g) {
-        for (int m = 0; m < block.height; ++m) {
+    void scale(const Block& block, const float* g) const {
+        float* own = block.values;
+        float* to = call_.scaled + block.row * call_.columns + block.first;
+        for (int m = 0; m < block.height; ++m, own += STRIP, to += call_.columns) {
             for (int v = 0; v < STRIP; v += LANES) {
-                store(block.scaled + m * block.scaled_stride + v,
-                      load(block.dy + m * block.dy_stride + v) * load(g + v));
+                const Floats values = load(own + v) * load(g + v);
+                store(own + v, values);
+                if (block.width == STRIP) store(to + v, values);
             }
+            for (int j = 0; block.width < STRIP && j < block.width; ++j) to[j] = own[j];
         }
     }
 
-    // dots += Σ_rows dY ∘ (read − bias), squares += Σ_rows (read − bias)².
-    static void sum_up(const Block& block, const float* bias, double* dots, double* squares) {
+    // dots += Σ_rows dY ∘ (read − bias), squares += Σ_rows (read − bias)². `copy` is for a block
+    // of `read` that is narrower than a strip.
+    void sum_up(const Block& block, const float* bias, double* dots, double* squares,
+                float* copy) const {
+        const float* from = call_.read + block.row * call_.read_stride + block.first;
+        std::int64_t stride = call_.read_stride;
+        if (block.width < STRIP) {
+            take(call_.read, call_.read_stride, block, copy);
+            from = copy;
+            stride = STRIP;
+        }
         for (int j = 0; j < STRIP; j += VECTORS * LANES) {
             Floats dot[VECTORS] = {}, square[VECTORS] = {};
             for (int m = 0; m < block.height; ++m) {
-                const float* dy = block.dy + m * block.dy_stride + j;
-                const float* read = block.read + m * block.read_stride + j;
+                const float* dy = block.values + m * STRIP + j;
+                const float* read = from + m * stride + j;
                 for (int v = 0; v < VECTORS; ++v) {
                     const Floats z = load(read + v * LANES) - load(bias + j + v * LANES);
                     dot[v] += load(dy + v * LANES) * z;
@@ -154,18 +154,8 @@ private:
                 }
             }
             for (int v = 0; v < VECTORS; ++v) {
-                double *to = dots + j + v * LANES, *also = squares + j + v * LANES;
-                store(to, load(to) + widen(dot[v]));
-                store(also, load(also) + widen(square[v]));
-            }
-        }
-    }
-
-    void give_back(const Block& block) const {
-        float* scaled = call_.scaled + block.row * call_.columns + block.first;
-        for (int m = 0; m < block.height; ++m) {
-            for (int j = 0; j < block.width; ++j) {
-                scaled[m * call_.columns + j] = block.scaled[m * STRIP + j];
+                add_to(dots + j + v * LANES, dot[v]);
+                add_to(squares + j + v * LANES, square[v]);
             }
         }
     }
@@ -190,7 +180,7 @@ private:
     const std::int64_t ranks_;   // r, rounded up to full vectors
     const std::int64_t length_;  // columns of a thread
     const Buffer<float> turned_;  // tᵀ [r, rows]
-    const Buffer<double> parts_;  // a thread's share of h [rows, ranks], one after the other
+    const Buffer<float> parts_;  // a thread's share of h [rows, ranks], one after the other
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Products with a narrow side, summed in float32 over a run and from there in float64.
+// Products with a narrow side, summed in float32 over a run and from there in what Sum is.
 #pragma once
 
 #include "vector.hpp"
@@ -19,9 +19,9 @@ struct Right {
 
 // sums += w a for COUNT rows w of `length` elements and VECTORS vectors of a's columns. Meanwhile
 // what lies `ahead` of w is fetched: w is read in pieces too short for the processor to foresee.
-template <int COUNT, int VECTORS>
+template <int COUNT, int VECTORS, class Sum>
 void multiply(const float* const* w, const Right& a, std::int64_t column, std::int64_t length,
-              std::int64_t ahead, double* sums) {
+              std::int64_t ahead, Sum* sums) {
     Floats acc[COUNT][VECTORS] = {};
     const float* row = a.values + column;
     for (std::int64_t line = 0; line < length; line += LINE) {
@@ -37,15 +37,14 @@ void multiply(const float* const* w, const Right& a, std::int64_t column, std::i
     }
     for (int i = 0; i < COUNT; ++i) {
         for (int v = 0; v < VECTORS; ++v) {
-            double* to = sums + i * a.width + column + v * LANES;
-            store(to, load(to) + widen(acc[i][v]));
+            add_to(sums + i * a.width + column + v * LANES, acc[i][v]);
         }
     }
 }
 
-template <int COUNT, int VECTORS>
+template <int COUNT, int VECTORS, class Sum>
 void multiply_columns(const float* const* w, const Right& a, std::int64_t column,
-                      std::int64_t length, std::int64_t ahead, double* sums) {
+                      std::int64_t length, std::int64_t ahead, Sum* sums) {
     for (; column + VECTORS * LANES <= a.width; column += VECTORS * LANES) {
         multiply<COUNT, VECTORS>(w, a, column, length, ahead, sums);
     }
@@ -55,9 +54,9 @@ void multiply_columns(const float* const* w, const Right& a, std::int64_t column
 }
 
 // sums [rows, a.width] += w [rows, length] a [length, a.width], for rows <= COUNT.
-template <int COUNT>
+template <int COUNT, class Sum>
 void multiply_rows(const float* w, std::int64_t stride, std::int64_t rows, const Right& a,
-                   std::int64_t length, double* sums) {
+                   std::int64_t length, Sum* sums) {
     if (rows == COUNT) {
         const float* some[COUNT];
         for (int c = 0; c < COUNT; ++c) some[c] = w + c * stride;
@@ -69,8 +68,9 @@ void multiply_rows(const float* w, std::int64_t stride, std::int64_t rows, const
 }
 
 // sums [rows, a.width] += w [rows, length] a [length, a.width].
+template <class Sum>
 void add_product(const float* w, std::int64_t stride, std::int64_t rows, const Right& a,
-                 std::int64_t length, double* sums) {
+                 std::int64_t length, Sum* sums) {
     for (std::int64_t i = 0; i < rows; i += ROWS) {
         multiply_rows<ROWS>(w + i * stride, stride, rows - i < ROWS ? rows - i : ROWS, a, length,
                             sums + i * a.width);

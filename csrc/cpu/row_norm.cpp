@@ -116,7 +116,7 @@ private:
                     const Floats some = load(w.values + j * w.stride + i);
                     squares += some * some;
                 }
-                store(weight_sq + i, load(weight_sq + i) + widen(squares));
+                add_to(weight_sq + i, squares);
             }
         }
         for (int i = 0; i < height; ++i) {

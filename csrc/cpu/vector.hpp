@@ -40,6 +40,23 @@ inline void store(double* to, Doubles values) { std::memcpy(to, &values, sizeof 
 
 inline Doubles widen(Floats values) { return __builtin_convertvector(values, Doubles); }
 
+// to[i] += values[i].
+inline void add_to(float* to, Floats values) { store(to, load(to) + values); }
+
+// In halves, a register each: as sums of Doubles they would go through memory.
+inline void add_to(double* to, Floats values) {
+    typedef double Half __attribute__((vector_size(4 * LANES)));
+    const Doubles wide = widen(values);
+    Half halves[2];
+    std::memcpy(halves, &wide, sizeof wide);
+    for (int i = 0; i < 2; ++i, to += LANES / 2) {
+        Half own;
+        std::memcpy(&own, to, sizeof own);
+        own += halves[i];
+        std::memcpy(to, &own, sizeof own);
+    }
+}
+
 // Memory for values that are written before they are read, from the start of a cache line on: a
 // vector that straddles two lines is loaded twice.
 template <class T>
@@ -64,7 +81,8 @@ inline int least(std::int64_t one, std::int64_t other) {
     return static_cast<int>(one < other ? one : other);
 }
 
-inline void zero(double* values, std::int64_t count) {
+template <class T>
+void zero(T* values, std::int64_t count) {
     for (std::int64_t i = 0; i < count; ++i) values[i] = 0;
 }
 
