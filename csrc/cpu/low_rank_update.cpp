@@ -1,5 +1,6 @@
-// Threads share columns: each brings the columns of b that it needs into the order it reads them in,
-// a panel at a time that stays in the inner cache, and goes along the rows of out.
+// Threads share the rows, or, where there are few, the columns. Each brings the columns of b that it
+// needs into the order it reads them in, a panel at a time that stays in the second cache, and goes
+// along its rows of out.
 #include "low_rank_update.hpp"
 
 #include "parallel.hpp"
@@ -12,8 +13,8 @@ namespace {
 constexpr int ROWS = LANES == 16 ? 4 : 6;
 constexpr int VECTORS = LANES == 16 ? 4 : 2;  // ROWS x VECTORS sums fill the registers
 constexpr int STRIP = VECTORS * LANES;
-constexpr int PANEL = 4096;      // elements of b
-constexpr int AHEAD = 2 * ROWS;  // rows: a panel's pieces of them are too short to be foreseen
+constexpr int PANEL = 16384;    // elements of b
+constexpr int MANY = 8 * ROWS;  // rows of a thread: as many as are worth a copy of b of its own
 
 // COUNT rows from `row` on, of the STRIP columns from `column` on; b [r, STRIP].
 template <int COUNT>
@@ -24,10 +25,7 @@ void block(const LowRankUpdate& call, std::int64_t row, std::int64_t column, con
     for (int i = 0; i < COUNT; ++i) {
         out[i] = call.out + (row + i) * call.out_stride + column;
         a[i] = call.a + (row + i) * call.a_stride;
-        for (int v = 0; v < VECTORS; ++v) {
-            sums[i][v] = load(out[i] + v * LANES);
-            __builtin_prefetch(out[i] + AHEAD * call.out_stride + v * LANES, 1);
-        }
+        for (int v = 0; v < VECTORS; ++v) sums[i][v] = load(out[i] + v * LANES);
     }
     for (std::int64_t rank = 0; rank < call.r; ++rank) {
         Floats right[VECTORS];
@@ -49,19 +47,21 @@ void block(const LowRankUpdate& call, std::int64_t row, std::int64_t column, con
     }
 }
 
-// For as many rows as there are, at most COUNT.
+// For as many rows as there are before `end`, at most COUNT.
 template <int COUNT>
-void rows(const LowRankUpdate& call, std::int64_t row, std::int64_t column, const float* b) {
-    if (call.rows - row >= COUNT) {
+void rows(const LowRankUpdate& call, std::int64_t row, std::int64_t end, std::int64_t column,
+          const float* b) {
+    if (end - row >= COUNT) {
         block<COUNT>(call, row, column, b);
     } else if constexpr (COUNT > 1) {
-        rows<COUNT - 1>(call, row, column, b);
+        rows<COUNT - 1>(call, row, end, column, b);
     }
 }
 
 // Fewer columns than a strip has.
-void rest(const LowRankUpdate& call, std::int64_t column, std::int64_t width, const float* b) {
-    for (std::int64_t row = 0; row < call.rows; ++row) {
+void rest(const LowRankUpdate& call, std::int64_t row, std::int64_t end, std::int64_t column,
+          std::int64_t width, const float* b) {
+    for (; row < end; ++row) {
         float* out = call.out + row * call.out_stride + column;
         const float* a = call.a + row * call.a_stride;
         for (std::int64_t j = 0; j < width; ++j) {
@@ -81,27 +81,41 @@ void fill(const LowRankUpdate& call, std::int64_t column, int width, float* b) {
     }
 }
 
+void part(const LowRankUpdate& call, std::int64_t top, std::int64_t bottom, std::int64_t first,
+          std::int64_t last) {
+    const std::int64_t size = call.r * STRIP;  // of b for a strip
+    const std::int64_t strips = (last - first + STRIP - 1) / STRIP;
+    const std::int64_t most = size > 0 && PANEL > size ? PANEL / size : 1;
+    const std::int64_t panels = (strips + most - 1) / most;
+    const std::int64_t panel = (strips + panels - 1) / panels * STRIP;  // none much narrower
+    Buffer<float> b(panel * call.r);
+    for (std::int64_t left = first; left < last; left += panel) {
+        const std::int64_t width = least(last - left, panel);
+        const std::int64_t full = width - width % STRIP;
+        for (std::int64_t j = 0; j < width; j += STRIP) {
+            fill(call, left + j, least(width - j, STRIP), b + j * call.r);
+        }
+        for (std::int64_t row = top; row < bottom; row += ROWS) {
+            for (std::int64_t j = 0; j < full; j += STRIP) {
+                rows<ROWS>(call, row, bottom, left + j, b + j * call.r);
+            }
+        }
+        if (full < width) rest(call, top, bottom, left + full, width - full, b + full * call.r);
+    }
+}
+
 }  // namespace
 
 void low_rank_update(const LowRankUpdate& call, int threads) {
-    const std::int64_t size = call.r * STRIP;  // of b for a strip
-    const std::int64_t strips = size > 0 && PANEL > size ? PANEL / size : 1;
-    parallel_for(call.columns, STRIP, threads, [&](std::int64_t first, std::int64_t last) {
-        Buffer<float> b(strips * size);
-        for (std::int64_t left = first; left < last; left += strips * STRIP) {
-            const std::int64_t width = least(last - left, strips * STRIP);
-            const std::int64_t full = width - width % STRIP;
-            for (std::int64_t j = 0; j < width; j += STRIP) {
-                fill(call, left + j, least(width - j, STRIP), b + j * call.r);
-            }
-            for (std::int64_t row = 0; row < call.rows; row += ROWS) {
-                for (std::int64_t j = 0; j < full; j += STRIP) {
-                    rows<ROWS>(call, row, left + j, b + j * call.r);
-                }
-            }
-            if (full < width) rest(call, left + full, width - full, b + full * call.r);
-        }
-    });
+    if (call.rows >= MANY * threads) {
+        parallel_for(call.rows, ROWS, threads, [&](std::int64_t top, std::int64_t bottom) {
+            part(call, top, bottom, 0, call.columns);
+        });
+    } else {
+        parallel_for(call.columns, STRIP, threads, [&](std::int64_t first, std::int64_t last) {
+            part(call, 0, call.rows, first, last);
+        });
+    }
 }
 
 }  // namespace fastlora::FASTLORA_ISA
