@@ -99,7 +99,7 @@ def _roofline(axes: Any, roof: Roof, rows: Sequence[Row], dtype: str, on_gpu: bo
     axes.set_title(f"GFLOP/s, {dtype}, forward and backward", loc="left", fontsize=9.5, color=_INK)
     axes.grid(color="#eceff2")
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=8, labelcolor=_INK, loc="lower right")
+    axes.legend(fontsize=8, labelcolor=_INK, loc="lower right", edgecolor="none")
 
 
 def _speedups(axes: Any, groups: Sequence[Group]) -> None:
@@ -107,7 +107,8 @@ def _speedups(axes: Any, groups: Sequence[Group]) -> None:
     for place, group in enumerate(groups):
         names.append(group.name)
         middles = [spread(row.speedups()).median for row in group.rows]
-        axes.barh(place, statistics.geometric_mean(middles), height=0.7, color=_COLOURS["ours"])
+        mean = statistics.geometric_mean(middles)
+        axes.barh(place, mean - 1.0, left=1.0, height=0.7, color=_COLOURS["ours"])
         for row, middle in zip(group.rows, middles, strict=True):
             low, _, high = spread(row.speedups())
             axes.plot([low, high], [place, place], color=_INK, lw=0.8, alpha=0.35)
@@ -116,7 +117,12 @@ def _speedups(axes: Any, groups: Sequence[Group]) -> None:
     axes.set_yticks(range(len(groups)), names)
     axes.tick_params(axis="y", labelsize=8, length=0)
     axes.set_ylim(len(groups) - 0.4, -0.6)
-    axes.set_xlim(left=0)
+    axes.set_xscale("log")  # twice as fast and half as fast are equally far from the rival
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, 0.8), max(high, 1.25))
+    ticks = [tick for tick in (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128) if low <= tick <= high]
+    axes.set_xticks(ticks or [1], [f"{tick:g}" for tick in ticks or [1]])
+    axes.minorticks_off()
     title = "times as fast as peft (svd: torch),\nforward + backward; a dot a layer"
     axes.set_title(title, loc="left", fontsize=9.5, color=_INK)
 
