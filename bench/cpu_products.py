@@ -3,7 +3,8 @@
     python -m bench.cpu_products [--tokens 8,256] [--rank 16] [--repeats 100]
 
 Times the base product x Wᵀ and the narrow products of a rank-r adapter (shrink x Aᵀ, reduce
-Hᵀ x), and dropout's draws, for the shapes of SmolLM2-135M and one larger.
+Hᵀ x), dropout's draws, and what the native core does between large products beside torch's calls,
+for the shapes of SmolLM2-135M and one larger.
 Each row interleaves its contestants and prints medians in microseconds; oneDNN's result is first
 checked against float64, and a row whose check fails prints no time.
 """
@@ -71,20 +72,59 @@ def main() -> None:
                 times = medians(calls, arguments.repeats)
                 cells.append(f"{times['mkl'] * 1e6:.0f} / {times['onednn'] * 1e6:.0f}".rjust(width))
             print(f"{m:>5} {k:>5} {n:>5}  {' '.join(cells)}")
+    if library.missing():
+        print("native core: not built, and left out of what follows")
     print("dropout of [256, K]: F.dropout / torch's generator, as eager's / native")
-    seed = torch.tensor([1])
     for k in (576, 1536):
-        x = torch.randn(256, k)
-        calls = {
-            "torch": lambda x=x: torch.nn.functional.dropout(x, 0.1),
-            "eager": lambda x=x, k=k: stream_mask((256, k), 0.1, seed, x.device)(x),
-        }
-        if not library.missing():
-            from fastlora.ops.adapter_linear import native
+        print(f"{256:>5} {k:>5}  {_row(dropouts(256, k), arguments.repeats)}")
+    print(
+        "y += t Cᵀ of y [M, N]: addmm_ / native; what is read off dY [M, N]: two products / native"
+    )
+    for m in map(int, arguments.tokens.split(",")):
+        for n in dict.fromkeys(n for _, n in SHAPES):
+            cells = [updates(m, n, arguments.rank), passes(m, n, arguments.rank)]
+            both = "   ".join(_row(calls, arguments.repeats).rjust(13) for calls in cells)
+            print(f"{m:>5} {n:>5}  {both}")
 
-            calls["native"] = lambda x=x, k=k: native.draw((256, k), 0.1, seed, x.device)(x)
-        times = medians(calls, arguments.repeats)
-        print(f"{256:>5} {k:>5}  " + " / ".join(f"{time * 1e6:.0f}" for time in times.values()))
+
+def _row(calls: dict[str, Callable[[], object]], repeats: int) -> str:
+    return " / ".join(f"{time * 1e6:.0f}" for time in medians(calls, repeats).values())
+
+
+def dropouts(m: int, k: int) -> dict[str, Callable[[], object]]:
+    """Dropout of [m, k]."""
+    x, seed = torch.randn(m, k), torch.tensor([1])
+    calls: dict[str, Callable[[], object]] = {
+        "torch": lambda: torch.nn.functional.dropout(x, 0.1),
+        "eager": lambda: stream_mask((m, k), 0.1, seed, x.device)(x),
+    }
+    if not library.missing():
+        from fastlora.ops.adapter_linear import native
+
+        calls["native"] = lambda: native.draw((m, k), 0.1, seed, x.device)(x)
+    return calls
+
+
+def updates(m: int, n: int, r: int) -> dict[str, Callable[[], object]]:
+    """The adapter's update of [m, n], in place."""
+    y, t, lora_B = torch.randn(m, n), torch.randn(m, r), 1e-3 * torch.randn(n, r)
+    calls: dict[str, Callable[[], object]] = {"addmm": lambda: y.addmm_(t, lora_B.t())}
+    if not library.missing():
+        from fastlora.ops.adapter_linear import native
+
+        calls["native"] = lambda: native.update(y, t, lora_B.t())
+    return calls
+
+
+def passes(m: int, n: int, r: int) -> dict[str, Callable[[], object]]:
+    """H = dY B and dC = dYᵀ t of dY [m, n]."""
+    dy, t, lora_B = torch.randn(m, n), torch.randn(m, r), torch.randn(n, r)
+    calls: dict[str, Callable[[], object]] = {"products": lambda: (dy @ lora_B, dy.t() @ t)}
+    if not library.missing():
+        from fastlora.ops.adapter_linear import native
+
+        calls["native"] = lambda: native.output_pass(dy, lora_B, t, 1.0, native.linear)
+    return calls
 
 
 if __name__ == "__main__":

@@ -7,14 +7,25 @@ import torch
 
 from bench import adapter_group as bench
 
-SMALL = ["--tokens", "6", "512", "--rounds", "2", "--threads", "1", "--patience", "0"]
+SMALL = [
+    "--tokens",
+    "6",
+    "512",
+    "--rounds",
+    "2",
+    "--threads",
+    "1",
+    "--patience",
+    "0",
+    "--again",
+    "0",
+]
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     widths = {"qkv": (48, (40, 24, 24)), "gate_up": (48, (64, 64)), "vera": (48, (40, 24, 24))}
     monkeypatch.setattr(bench, "CASES", widths)
-    monkeypatch.setattr(bench, "PATIENCE", 1)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
