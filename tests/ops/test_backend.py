@@ -9,6 +9,7 @@ import fastlora
 from fastlora.ops import backend as b
 from fastlora.ops import library
 from fastlora.ops.adapter_linear import BACKENDS, eager, onednn
+from fastlora.ops.small_solvers.contract import NATIVE_UP_TO
 from tests.ops.adapter_linear.cases import operands
 
 CPU = torch.device("cpu")
@@ -174,7 +175,8 @@ def test_explain_knows_the_decompositions(op, monkeypatch):
     monkeypatch.setattr(library, "missing", lambda: None)
     rows = fastlora.explain(op, torch.ones(1)).splitlines()[1:]
     assert [row.split()[0] for row in rows] == ["->", "eager"]
-    where = "where q" if op == "svd_lowrank" else "for 1 or more of up to 8 columns"
+    fewest, most = NATIVE_UP_TO[0]
+    where = "where q" if op == "svd_lowrank" else f"for {fewest} or more of up to {most} columns"
     assert f"native  can run, and is taken {where}" in rows[0]
     assert "has the rest" in rows[1]
     with fastlora.use_backend("eager"):
