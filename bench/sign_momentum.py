@@ -126,7 +126,8 @@ def compiles(shapes: list[tuple[int, int]]) -> bool:
     try:
         Compiled(parameters(shapes, torch.float32)).step()
     except Exception as error:  # of many types: no compiler, no headers, a platform without either
-        print(f"compiled is absent: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        said = str(error).strip() or type(error).__name__
+        print(f"compiled is absent: {said.splitlines()[0]}", file=sys.stderr)
         return False
     return True
 
