@@ -4,7 +4,7 @@
                            [--threads 2] [--backend eager] [--model X] [--json FILE]
 
 All models (frozen; peft's and ours of each method) share one set of base weights and take turns in
-one process, each turn begun by another; a figure is the median of the steps after the first, with
+one process, each round in another order; a figure is the median of the steps after the first, with
 the interquartile range. A step is forward + backward with the gradient of every layer's input.
 "saved" is what is alive between forward and backward. Before anything is timed, the loss and every
 gradient of ours are held against peft's from the same adapter; where one is off, nothing is
@@ -51,8 +51,9 @@ ALL: dict[str, Method] = {
 } | {
     "dora_lean": dataclasses.replace(
         METHODS["dora"],
-        title="DoRA, small outputs recomputed",
-        ours=partial(_dora, keep=["down_proj"]),
+        title="DoRA, q and k recomputed",
+        # rotary embeddings keep neither
+        ours=partial(_dora, keep=["v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
     ),
     "dora_recomputed": dataclasses.replace(
         METHODS["dora"], title="DoRA, outputs recomputed", ours=partial(_dora, keep=False)

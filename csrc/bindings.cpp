@@ -14,6 +14,7 @@
 #include "cpu/low_rank_update.hpp"
 #include "cpu/output_pass.hpp"
 #include "cpu/row_norm.hpp"
+#include "norm_memory.hpp"
 #include "sign_momentum_table.hpp"
 
 namespace py = pybind11;
@@ -26,20 +27,52 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
+fastlora::RowNorm row_norm_call(Address weight, std::int64_t row, std::int64_t column,
+                                std::int64_t n, std::int64_t k, std::int64_t r, Address lora_A,
+                                std::int64_t a_stride, Address lora_B, std::int64_t b_stride,
+                                double scaling, double cancellation, double floor, Address norm) {
+    fastlora::RowNorm call{};
+    call.weight = at<const float>(weight);
+    call.row = row;
+    call.column = column;
+    call.n = n;
+    call.k = k;
+    call.r = r;
+    call.lora_A = at<const float>(lora_A);
+    call.a_stride = a_stride;
+    call.lora_B = at<const float>(lora_B);
+    call.b_stride = b_stride;
+    call.scaling = scaling;
+    call.cancellation = cancellation;
+    call.floor = floor;
+    call.norm = at<float>(norm);
+    return call;
+}
+
 std::int64_t row_norm(Address weight, std::int64_t row, std::int64_t column, std::int64_t n,
                       std::int64_t k, std::int64_t r, Address lora_A, std::int64_t a_stride,
                       Address lora_B, std::int64_t b_stride, double scaling, double cancellation,
-                      double floor, Address known_sq, Address weight_sq, Address norm, Address lost,
+                      double floor, Address norm, Address known_sq, Address weight_sq, Address lost,
                       int threads, const std::string& isa) {
     const auto kernel = FASTLORA_PICK(fastlora::find_isa(isa), row_norm);
-    const fastlora::RowNorm call{
-        at<const float>(weight), row, column, n, k, r,
-        at<const float>(lora_A), a_stride,
-        at<const float>(lora_B), b_stride,
-        scaling, cancellation, floor,
-        at<const double>(known_sq), at<double>(weight_sq), at<float>(norm), at<std::uint8_t>(lost)};
+    auto call = row_norm_call(weight, row, column, n, k, r, lora_A, a_stride, lora_B, b_stride,
+                              scaling, cancellation, floor, norm);
+    call.known_sq = at<const double>(known_sq);
+    call.weight_sq = at<double>(weight_sq);
+    call.lost = at<std::uint8_t>(lost);
     py::gil_scoped_release released;
     return kernel(call, threads);
+}
+
+std::int64_t remembered_norm(fastlora::NormMemory& memory, Address weight, std::int64_t row,
+                             std::int64_t column, std::int64_t n, std::int64_t k, std::int64_t r,
+                             Address lora_A, std::int64_t a_stride, Address lora_B,
+                             std::int64_t b_stride, double scaling, double cancellation,
+                             double floor, Address norm_at, std::int64_t version,
+                             const py::object& norm, int threads, const std::string& isa) {
+    const auto call = row_norm_call(weight, row, column, n, k, r, lora_A, a_stride, lora_B, b_stride,
+                                    scaling, cancellation, floor, norm_at);
+    return memory.update(call, version, norm, threads, isa);
 }
 
 std::int64_t output_pass(Address dy, std::int64_t rows, std::int64_t columns,
@@ -62,25 +95,26 @@ std::int64_t output_pass(Address dy, std::int64_t rows, std::int64_t columns,
 
 void low_rank_update(Address out, std::int64_t rows, std::int64_t columns, std::int64_t out_stride,
                      Address a, std::int64_t a_stride, std::int64_t r, Address b,
-                     std::int64_t b_row, std::int64_t b_column, Address g, Address bias, int threads,
-                     const std::string& isa) {
+                     std::int64_t b_row, std::int64_t b_column, Address g, Address bias,
+                     Address bits, int threads, const std::string& isa) {
     const auto kernel = FASTLORA_PICK(fastlora::find_isa(isa), low_rank_update);
     const fastlora::LowRankUpdate call{
         at<float>(out), rows, columns, out_stride,
         at<const float>(a), a_stride, r,
         at<const float>(b), b_row, b_column,
-        at<const float>(g), at<const float>(bias)};
+        at<const float>(g), at<const float>(bias), at<const std::uint16_t>(bits)};
     py::gil_scoped_release released;
     kernel(call, threads);
 }
 
 void dropout(Address x, std::int64_t rows, std::int64_t columns, std::int64_t x_stride, Address out,
-             std::int64_t out_stride, std::int64_t seed, int threshold, int threads,
-             const std::string& isa) {
+             std::int64_t out_stride, std::int64_t seed, int threshold, Address bits, bool drawn,
+             int threads, const std::string& isa) {
     const auto kernel = FASTLORA_PICK(fastlora::find_isa(isa), dropout);
     const fastlora::Dropout call{
         at<const float>(x), rows, columns, x_stride, at<float>(out), out_stride,
-        static_cast<std::uint64_t>(seed), static_cast<std::uint32_t>(threshold)};
+        static_cast<std::uint64_t>(seed), static_cast<std::uint32_t>(threshold),
+        at<std::uint16_t>(bits), drawn};
     py::gil_scoped_release released;
     kernel(call, threads);
 }
@@ -146,5 +180,14 @@ PYBIND11_MODULE(_C, module) {
         .def("read", &fastlora::SignMomentumTable::read)
         .def("__len__", &fastlora::SignMomentumTable::size)
         .def("run", &fastlora::SignMomentumTable::run);
+    py::class_<fastlora::NormMemory> memory(module, "NormMemory");
+    memory.def(py::init())
+        .def("update", &remembered_norm)
+        .def("lost", &fastlora::NormMemory::lost)
+        .def("keep", &fastlora::NormMemory::keep)
+        .def("forget", &fastlora::NormMemory::forget)
+        .def_property_readonly("norm", &fastlora::NormMemory::norm);
+    memory.attr("UNCHANGED") = +fastlora::NormMemory::UNCHANGED;
+    memory.attr("BUSY") = +fastlora::NormMemory::BUSY;
     module.def("same", &same, "Whether as many bytes at two addresses are equal");
 }

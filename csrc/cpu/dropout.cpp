@@ -1,11 +1,12 @@
 // Philox4x32-7 (Salmon et al., 2011), a call a lane: LANES calls are the draws of 8 LANES neighbouring
-// elements, which are compared and dropped while they are in registers and the first cache.
+// elements, which become bits of the mask while they are in the first cache.
 #include "dropout.hpp"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
+#include "kept.hpp"
 #include "parallel.hpp"
 #include "vector.hpp"
 
@@ -76,27 +77,55 @@ inline void draw(std::uint64_t first, std::uint64_t seed, std::uint16_t* draws) 
     }
 }
 
+// Of sixteen draws, those that are not below the threshold.
+inline std::uint16_t compare(const std::uint16_t* draws, std::uint32_t threshold) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    const __m256i all = _mm256_load_si256(reinterpret_cast<const __m256i*>(draws));
+    return _mm256_cmpge_epu16_mask(all, _mm256_set1_epi16(static_cast<short>(threshold)));
+#elif defined(__AVX2__)
+    const __m256i all = _mm256_load_si256(reinterpret_cast<const __m256i*>(draws));
+    const __m256i least = _mm256_set1_epi16(static_cast<short>(threshold));
+    const __m256i over = _mm256_cmpeq_epi16(_mm256_max_epu16(all, least), all);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(over),
+                                          _mm256_extracti128_si256(over, 1));
+    return static_cast<std::uint16_t>(_mm_movemask_epi8(bytes));
+#else
+    unsigned bits = 0;
+    for (int j = 0; j < WORD; ++j) bits |= static_cast<unsigned>(draws[j] >= threshold) << j;
+    return static_cast<std::uint16_t>(bits);
+#endif
+}
+
+// A row's words.
+void draw_row(std::uint64_t first, const Dropout& call, std::uint16_t* bits) {
+    static_assert(PIECE % WORD == 0);
+    alignas(64) std::uint16_t draws[PIECE] = {};
+    for (std::int64_t from = 0; from < call.columns; from += PIECE) {
+        draw(first + static_cast<std::uint64_t>(from / GROUP), call.seed, draws);
+        const int words = least(words_of(call.columns - from), PIECE / WORD);
+        for (int word = 0; word < words; ++word) {
+            bits[from / WORD + word] = compare(draws + word * WORD, call.threshold);
+        }
+    }
+}
+
+void drop_row(const float* x, const std::uint16_t* bits, std::int64_t columns, float* out) {
+    std::int64_t j = 0;
+    for (; j + LANES <= columns; j += LANES) store(out + j, kept(load(x + j), bits_at(bits, j)));
+    for (; j < columns; ++j) out[j] = bits_at(bits, j) & 1u ? x[j] : 0;
+}
+
 }  // namespace
 
 void dropout(const Dropout& call, int threads) {
-    const std::int64_t groups = (call.columns + GROUP - 1) / GROUP;
+    const std::int64_t groups = (call.columns + GROUP - 1) / GROUP, words = words_of(call.columns);
     parallel_for(call.rows, 1, threads, [&](std::int64_t first, std::int64_t last) {
-        alignas(64) std::uint16_t draws[PIECE];
         for (std::int64_t row = first; row < last; ++row) {
-            const float* x = call.x + row * call.x_stride;
-            float* out = call.out + row * call.out_stride;
-            for (std::int64_t from = 0; from < call.columns; from += PIECE) {
-                draw(static_cast<std::uint64_t>(row * groups + from / GROUP), call.seed, draws);
-                const int width = least(call.columns - from, PIECE);
-                if (width == PIECE) {
-                    for (int j = 0; j < PIECE; ++j) {
-                        out[from + j] = draws[j] >= call.threshold ? x[from + j] : 0;
-                    }
-                } else {
-                    for (int j = 0; j < width; ++j) {
-                        out[from + j] = draws[j] >= call.threshold ? x[from + j] : 0;
-                    }
-                }
+            std::uint16_t* bits = call.bits + row * words;
+            if (!call.drawn) draw_row(static_cast<std::uint64_t>(row * groups), call, bits);
+            if (call.x) {
+                drop_row(call.x + row * call.x_stride, bits, call.columns,
+                         call.out + row * call.out_stride);
             }
         }
     });

@@ -3,6 +3,8 @@
 // along its rows of out.
 #include "low_rank_update.hpp"
 
+#include "kept.hpp"
+#include "packed.hpp"
 #include "parallel.hpp"
 #include "vector.hpp"
 
@@ -17,7 +19,7 @@ constexpr int PANEL = 16384;    // elements of b
 constexpr int MANY = 8 * ROWS;  // rows of a thread: as many as are worth a copy of b of its own
 
 // COUNT rows from `row` on, of the STRIP columns from `column` on; b [r, STRIP].
-template <int COUNT>
+template <int COUNT, bool MASKED>
 void block(const LowRankUpdate& call, std::int64_t row, std::int64_t column, const float* b) {
     Floats sums[COUNT][VECTORS];
     float* out[COUNT];
@@ -25,13 +27,22 @@ void block(const LowRankUpdate& call, std::int64_t row, std::int64_t column, con
     for (int i = 0; i < COUNT; ++i) {
         out[i] = call.out + (row + i) * call.out_stride + column;
         a[i] = call.a + (row + i) * call.a_stride;
-        for (int v = 0; v < VECTORS; ++v) sums[i][v] = load(out[i] + v * LANES);
+        for (int v = 0; v < VECTORS; ++v) {
+            sums[i][v] = MASKED ? Floats{} : load(out[i] + v * LANES);
+        }
     }
     for (std::int64_t rank = 0; rank < call.r; ++rank) {
         Floats right[VECTORS];
         for (int v = 0; v < VECTORS; ++v) right[v] = load(b + rank * STRIP + v * LANES);
         for (int i = 0; i < COUNT; ++i) {
             for (int v = 0; v < VECTORS; ++v) sums[i][v] += a[i][rank] * right[v];
+        }
+    }
+    for (int i = 0; MASKED && i < COUNT; ++i) {
+        const std::uint16_t* bits = call.bits + (row + i) * words_of(call.columns);
+        for (int v = 0; v < VECTORS; ++v) {
+            sums[i][v] = load(out[i] + v * LANES) +
+                         kept(sums[i][v], bits_at(bits, column + v * LANES));
         }
     }
     for (int v = 0; v < VECTORS; ++v) {
@@ -52,7 +63,11 @@ template <int COUNT>
 void rows(const LowRankUpdate& call, std::int64_t row, std::int64_t end, std::int64_t column,
           const float* b) {
     if (end - row >= COUNT) {
-        block<COUNT>(call, row, column, b);
+        if (call.bits) {
+            block<COUNT, true>(call, row, column, b);
+        } else {
+            block<COUNT, false>(call, row, column, b);
+        }
     } else if constexpr (COUNT > 1) {
         rows<COUNT - 1>(call, row, end, column, b);
     }
@@ -65,8 +80,13 @@ void rest(const LowRankUpdate& call, std::int64_t row, std::int64_t end, std::in
         float* out = call.out + row * call.out_stride + column;
         const float* a = call.a + row * call.a_stride;
         for (std::int64_t j = 0; j < width; ++j) {
-            float sum = out[j];
+            float sum = 0;
             for (std::int64_t rank = 0; rank < call.r; ++rank) sum += a[rank] * b[rank * STRIP + j];
+            if (call.bits) {
+                const std::uint16_t* bits = call.bits + row * words_of(call.columns);
+                if (!(bits_at(bits, column + j) & 1u)) sum = 0;
+            }
+            sum += out[j];
             if (call.g) sum *= call.g[column + j];
             out[j] = call.bias ? sum + call.bias[column + j] : sum;
         }
@@ -75,6 +95,10 @@ void rest(const LowRankUpdate& call, std::int64_t row, std::int64_t end, std::in
 
 // b's columns of a strip as [r, STRIP].
 void fill(const LowRankUpdate& call, std::int64_t column, int width, float* b) {
+    if (call.b_row == 1) {
+        transpose(call.b + column * call.b_column, call.b_column, width, call.r, b, STRIP);
+        return;
+    }
     for (std::int64_t rank = 0; rank < call.r; ++rank) {
         const float* from = call.b + rank * call.b_row + column * call.b_column;
         for (int j = 0; j < width; ++j) b[rank * STRIP + j] = from[j * call.b_column];

@@ -1,4 +1,5 @@
-// out = g ∘ (out + a b) + bias with a narrow product a b: the adapter's way into a layer's output.
+// out = g ∘ (out + keep ∘ (a b)) + bias with a narrow product a b: the adapter's way into a layer's
+// output, and past a dropout's mask `keep` into its input's gradient.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +17,7 @@ struct LowRankUpdate {
     std::int64_t b_row, b_column;
     const float* g;     // [columns] or null
     const float* bias;  // [columns] or null
+    const std::uint16_t* bits;  // of the mask, as dropout.hpp has them; or null
 };
 
 }  // namespace fastlora

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "packed.hpp"
 #include "parallel.hpp"
 #include "product.hpp"
 
@@ -32,11 +33,7 @@ public:
           length_(range_length(call.columns, STRIP, threads)),
           turned_(call.dc ? call.r * call.rows : 0),
           parts_(call.h ? (call.columns + length_ - 1) / length_ * call.rows * ranks_ : 0) {
-        for (std::int64_t m = 0; call.dc && m < call.rows; ++m) {
-            for (std::int64_t i = 0; i < call.r; ++i) {
-                turned_[i * call.rows + m] = call.t[m * call.t_stride + i];
-            }
-        }
+        if (call.dc) transpose(call.t, call.t_stride, call.rows, call.r, turned_ + 0, call.rows);
     }
 
     void range(std::int64_t first, std::int64_t last) const {
@@ -49,12 +46,14 @@ public:
     void gather() const {
         const std::int64_t size = call_.rows * ranks_;
         for (std::int64_t m = 0; call_.h && m < call_.rows; ++m) {
-            for (std::int64_t i = 0; i < call_.r; ++i) {
-                double total = 0;
+            for (std::int64_t i = 0; i < ranks_; i += LANES) {
+                Doubles total = {};
                 for (std::int64_t at = 0; at * length_ < call_.columns; ++at) {
-                    total += parts_[at * size + m * ranks_ + i];
+                    total += widen(load(parts_ + at * size + m * ranks_ + i));
                 }
-                call_.h[m * call_.r + i] = static_cast<float>(call_.factor * total);
+                const Floats all = __builtin_convertvector(call_.factor * total, Floats);
+                std::memcpy(call_.h + m * call_.r + i, &all,
+                            sizeof(float) * least(call_.r - i, LANES));
             }
         }
     }

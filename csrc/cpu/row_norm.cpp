@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "packed.hpp"
 #include "parallel.hpp"
 #include "product.hpp"
 
@@ -12,7 +13,8 @@ namespace fastlora::FASTLORA_ISA {
 namespace {
 
 constexpr std::int64_t RUN = 256;
-constexpr int GRAIN = 64;  // rows of W that a thread takes at least; a multiple of LANES
+constexpr int GRAIN = 64;  // rows of W at a time; a multiple of LANES
+constexpr int LEAST = 16;  // rows that a thread takes at least; LANES or more, and divides GRAIN
 
 double square_sum(const float* w, std::int64_t length) {
     Floats run = {};
@@ -31,11 +33,8 @@ public:
           a_(call.k * ranks_),
           half_gram_(call.r * ranks_),
           squares_(ranks_) {
-        for (std::int64_t j = 0; j < call.k; ++j) {
-            float* to = a_ + j * ranks_;
-            for (std::int64_t i = 0; i < call.r; ++i) to[i] = call.lora_A[i * call.a_stride + j];
-            for (std::int64_t i = call.r; i < ranks_; ++i) to[i] = 0;
-        }
+        pack(call.lora_A, call.a_stride, static_cast<int>(call.r), call.k,
+             static_cast<int>(ranks_), a_ + 0);
         Buffer<double> gram(call.r * ranks_);
         zero(gram + 0, call.r * ranks_);
         for (std::int64_t from = 0; from < call.k; from += RUN) {
@@ -152,7 +151,7 @@ private:
 
 std::int64_t row_norm(const RowNorm& call, int threads) {
     const Job job(call);
-    parallel_for(call.n, GRAIN, threads, [&](std::int64_t first, std::int64_t last) {
+    parallel_for(call.n, LEAST, threads, [&](std::int64_t first, std::int64_t last) {
         for (std::int64_t j = first; j < last; j += GRAIN) {
             job.run(j, last - j < GRAIN ? last : j + GRAIN);
         }

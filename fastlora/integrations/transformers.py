@@ -54,5 +54,5 @@ def trainer_optimizer(
     if args is not None:
         chosen = {"lr": args.learning_rate, "weight_decay": args.weight_decay} | chosen
     # for a wrong option or value to show here, and not within the Trainer
-    OPTIMIZERS[name]([nn.Parameter(torch.zeros(1, 1))], **chosen)
+    OPTIMIZERS[name]([nn.Parameter(torch.zeros(1, 1, device="cpu"))], **chosen)
     return _Factory(name), {"groups": dict(groups or {}), **chosen}

@@ -180,7 +180,7 @@ def _over_ranks(
         return tensor
 
     first = next(iter(layers.values())).weight.device
-    counts = torch.tensor([count, *(name in sums for name in layers)], dtype=torch.float64)
+    counts = torch.tensor([count, *(name in sums for name in layers)], dtype=torch.float64, device="cpu")
     total, *seen = added(counts, first).tolist()
     if not total:
         raise ValueError("there is no batch to take gradients of")
@@ -191,7 +191,7 @@ def _over_ranks(
         weight = layer.weight
         if name not in sums:
             wide = torch.promote_types(weight.dtype, torch.float32)
-            sums[name] = torch.zeros(weight.shape, dtype=wide)
+            sums[name] = torch.zeros(weight.shape, dtype=wide, device="cpu")
         sums[name] = added(sums[name], weight.device).div_(total)
     check_finite({name: sums[name] for name in layers}, "gradient")
     for name in layers:
@@ -229,7 +229,7 @@ def _starts(
 
 def _parts(options: LoRAGAConfig, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """The indices, below 2r, of A's right singular vectors and of B's left ones."""
-    every = torch.arange(2 * r)
+    every = torch.arange(2 * r, device="cpu")
     if options.direction == "ArB2r":
         return every[:r], every[r:]
     if options.direction == "A2rBr":

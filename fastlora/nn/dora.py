@@ -26,7 +26,8 @@ class Magnitude(nn.Module):
         norm = weight_norm(
             weight, lora_A, lora_B, scaling, cache=self.cache, differentiable=not self.simple
         )
-        return self.weight.view(-1) / norm
+        m = self.weight
+        return (m if m.dim() == 1 else m.view(-1)) / norm
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, simple={self.simple}"

@@ -41,7 +41,8 @@ class VeRAProjection(nn.Module):
         generator = torch.Generator("cpu").manual_seed(projection_prng_key)
         for name, shape in (("vera_A", (r, in_features)), ("vera_B", (out_features, r))):
             bound = math.sqrt(6 / shape[1])
-            drawn = torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
+            drawn = torch.empty(shape, dtype=torch.float32, device="cpu")
+            drawn.uniform_(-bound, bound, generator=generator)
             self.register_buffer(name, drawn.to(device), persistent)
 
     def sliced(

@@ -21,7 +21,7 @@ LEVELS = 1 << 16
 _LOW = 0xFFFFFFFF
 
 Mask = Callable[[Tensor], Tensor]  # x [M, K] where it keeps it and 0 elsewhere, not rescaled
-# The Mask of (shape, p, seed, device); what it holds of its draws it holds once for all calls
+# The Mask of (shape, p, seed, device), drawn once for all calls
 Draw = Callable[[tuple[int, int], float, Tensor, torch.device], Mask]
 PHILOX_ROUNDS = 7
 PHILOX_GROUP = 8  # columns that share one Philox call: four 32-bit words, two halves each

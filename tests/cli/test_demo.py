@@ -363,14 +363,19 @@ def test_peak_bytes_sees_what_lives_at_once():
     assert memory.peak_bytes(step, torch.device("cpu")) == (1 << 20) + (1 << 19)
 
 
-def test_every_contestant_begins_a_turn(monkeypatch):
+def test_contestants_take_turns_in_changing_orders(monkeypatch):
     order = []
     monkeypatch.setattr(
         contest, "_step", lambda contestant, batch, device: order.append(contestant.name)
     )
     three = [contest.Contestant(name, None, losses=[0.0]) for name in "abc"]
-    contest.train(three, [torch.zeros(1)] * 4, torch.device("cpu"))
-    assert "".join(order) == "abcbcacababc"
+    contest.train(three, [torch.zeros(1)] * 40, torch.device("cpu"))
+    rounds = ["".join(order[at : at + 3]) for at in range(0, len(order), 3)]
+    assert set(rounds) == {"abc", "acb", "bac", "bca", "cab", "cba"}
+    again = list(order)
+    order.clear()
+    contest.train(three, [torch.zeros(1)] * 40, torch.device("cpu"))
+    assert order == again  # the same in every run
 
 
 @pytest.mark.parametrize(

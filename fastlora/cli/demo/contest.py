@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import math
+import random
 import sys
 import time
 import warnings
@@ -177,7 +178,8 @@ def _optimizer(model: Any, recipe: Recipe, by_peft: bool = False) -> torch.optim
 
 
 def train(contestants: list[Contestant], batches: list[Tensor], device: torch.device) -> None:
-    """Train all on the same batches, step by step in turn, each turn begun by another."""
+    """Train all on the same batches, step by step in turn, each turn in another order: what comes
+    after a contestant that leaves much memory to be used again is the slower for it."""
     from tqdm import tqdm
 
     keep_freed_pages()
@@ -186,8 +188,9 @@ def train(contestants: list[Contestant], batches: list[Tensor], device: torch.de
     progress = tqdm(batches, desc="training", unit="step", ncols=88, mininterval=seldom)
     with _no_collection():
         for step, batch in enumerate(progress):
-            first = step % len(contestants)
-            for contestant in contestants[first:] + contestants[:first]:
+            order = list(contestants)
+            random.Random(step).shuffle(order)
+            for contestant in order:
                 _step(contestant, batch, device)
             shown = {c.name: f"{c.losses[-1]:.3f}" for c in contestants if c.optimizer}
             progress.set_postfix(shown, refresh=False)

@@ -151,7 +151,9 @@ def backward(
             else:
                 onto(dx, own, part.weight.t())
         if wanted and slot.seed is not None:
-            dAs[number] = _past_dropout(hs[number], x, slot, dx, need_A[number], linear, draw)
+            dAs[number] = _past_dropout(
+                hs[number], x, slot, dx, need_A[number], linear, update, draw
+            )
     plain = together(slots, want_h, need_A)
     if plain:
         h = _beside(hs, slots, plain)
@@ -187,6 +189,7 @@ def _past_dropout(
     dx: Tensor | None,
     need_A: bool,
     linear: Linear,
+    update: Update,
     draw: Draw,
 ) -> Tensor | None:
     """dA of a slot that drops, if needed; its share of dx is added where there is a dx."""
@@ -201,7 +204,7 @@ def _past_dropout(
         dA = eager.reduce(linear, h, mask(x))
     if dx is not None:
         assert slot.lora_A is not None
-        dx.add_(mask(linear(h, slot.lora_A.t(), None)))
+        update(dx, h, slot.lora_A, keep=mask)
     return dA
 
 

@@ -27,7 +27,7 @@ Linear = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
 
 class Update(Protocol):
-    """out [m, n] ← scale ∘ (out + a b) + bias, in place, for a [m, r], b [r, n]."""
+    """out [m, n] ← scale ∘ (out + keep(a b)) + bias, in place, for a [m, r], b [r, n]."""
 
     def __call__(
         self,
@@ -36,6 +36,7 @@ class Update(Protocol):
         b: Tensor,
         scale: Tensor | None = None,
         bias: Tensor | None = None,
+        keep: Mask | None = None,
     ) -> object: ...
 
 
@@ -84,10 +85,18 @@ def times(a: Tensor, scale: Tensor) -> Tensor:
 
 
 def add_product(
-    out: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    keep: Mask | None = None,
 ) -> None:
     """See ``Update``."""
-    out.addmm_(a, b)
+    if keep is None:
+        out.addmm_(a, b)
+    else:
+        out.add_(keep(a @ b))
     if scale is not None:
         scale_columns(out, scale, bias)
     elif bias is not None:
@@ -293,10 +302,7 @@ def _to_input(
     if needs.x:
         assert weight is not None and lora_A is not None and h is not None
         dx = linear(dy, weight.t(), None)
-        if mask is None:
-            update(dx, h, lora_A)
-        else:
-            dx.add_(mask(linear(h, lora_A.t(), None)))
+        update(dx, h, lora_A, keep=mask)
     if needs.weight:
         assert x is not None
         dweight = linear(dy.t(), x.t(), None)

@@ -32,22 +32,41 @@ def draw_seed(device: torch.device) -> Tensor:
     return eager.draw_seed(device).view(1)
 
 
-def draw(
-    shape: tuple[int, int], p: float, seed: Tensor, device: torch.device, isa: str = ""
-) -> Mask:
-    """The mask of ``dropout.philox_keep``; each call draws it anew, and nothing is held."""
-    key, level = int(seed), threshold(p)
+class Kept:
+    """The mask of ``dropout.philox_keep`` [M, K], drawn when it is first used and from then on held
+    as a bit an element. ``isa``: one of the core's instruction sets, for tests."""
 
-    def mask(x: Tensor) -> Tensor:
+    def __init__(
+        self, shape: tuple[int, int], p: float, seed: Tensor, device: torch.device, isa: str = ""
+    ) -> None:
+        self.shape, self._key, self._level, self._isa = shape, int(seed), threshold(p), isa
+        words = -(-shape[1] // 16)
+        self._bits = torch.empty(shape[0], words, dtype=torch.int16, device=device)
+        self._drawn = False
+
+    def __call__(self, x: Tensor) -> Tensor:
         x = with_rows(x)
-        out = torch.empty(shape)
-        _core.dropout(
-            x.data_ptr(), *shape, x.stride(0), out.data_ptr(), out.stride(0), key, level,
-            _threads(_DRAW * out.numel()), isa,
-        )  # fmt: skip
+        out = x.new_empty(self.shape)
+        self._run(x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0))
         return out
 
-    return mask
+    def bits(self) -> Tensor:
+        """[M, ceil(K / 16)] int16, the first element's bit the lowest."""
+        if not self._drawn:
+            self._run(0, 0, 0, 0)
+        return self._bits
+
+    def _run(self, x: int, x_stride: int, out: int, out_stride: int) -> None:
+        m, k = self.shape
+        work = m * k * (1 if self._drawn else _DRAW)
+        _core.dropout(
+            x, m, k, x_stride, out, out_stride, self._key, self._level,
+            self._bits.data_ptr(), self._drawn, _threads(work), self._isa,
+        )  # fmt: skip
+        self._drawn = True
+
+
+draw = Kept
 
 
 def update(
@@ -56,17 +75,20 @@ def update(
     b: Tensor,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
+    keep: Mask | None = None,
     isa: str = "",
 ) -> None:
     """See ``eager.Update``. ``isa``: one of the core's instruction sets, for tests."""
-    if a.shape[1] > _NARROW or out.stride(1) != 1:
-        return eager.add_product(out, a, b, scale, bias)
+    drawn = isinstance(keep, Kept)
+    if a.shape[1] > _NARROW or out.stride(1) != 1 or (keep is not None and not drawn):
+        return eager.add_product(out, a, b, scale, bias, keep)
     a = with_rows(a)
     scale = None if scale is None else scale.contiguous()
     bias = None if bias is None else bias.contiguous()
+    bits = keep.bits() if isinstance(keep, Kept) else None
     _core.low_rank_update(
         out.data_ptr(), *out.shape, out.stride(0), a.data_ptr(), a.stride(0), a.shape[1],
-        b.data_ptr(), *b.stride(), address(scale), address(bias),
+        b.data_ptr(), *b.stride(), address(scale), address(bias), address(bits),
         _threads(out.numel() * a.shape[1]), isa,
     )  # fmt: skip
 
@@ -99,17 +121,17 @@ def output_pass(
     dy = with_rows(dy)
     c = with_rows(lora_B) if narrow and lora_B is not None else None
     left = with_rows(t) if narrow and t is not None else None
-    own = torch.empty(m, n) if out_scale is not None and need_dy else None
-    h = None if c is None else torch.empty(m, r)
-    dC = None if left is None else torch.empty(n, r)
+    own = dy.new_empty(m, n) if out_scale is not None and need_dy else None
+    h = None if c is None else dy.new_empty(m, r)
+    dC = None if left is None else dy.new_empty(n, r)
     dg = unread = None
     if out_scale is not None:
         out_scale = out_scale.contiguous()
     if read is not None:
         read = with_rows(read)
         bias = None if bias is None else bias.contiguous()
-        dg = torch.empty(n)
-        unread = torch.empty(n, dtype=torch.bool) if is_y else None
+        dg = dy.new_empty(n)
+        unread = dy.new_empty(n, dtype=torch.bool) if is_y else None
     count = _core.output_pass(
         dy.data_ptr(), m, n, dy.stride(0), address(out_scale), address(own),
         address(read), 0 if read is None else read.stride(0), address(bias), *_BOUNDS,

@@ -78,11 +78,11 @@ def forward(
         x = [m.contiguous() for m in x]
     start = start[:, :k].contiguous()
     count = len(x)
-    u, vh = torch.empty(count, n, q), torch.empty(count, q, k)
+    u, vh = start.new_empty(count, n, q), start.new_empty(count, q, k)
     s, squares, checked = (
-        torch.empty(*shape, dtype=torch.float64) for shape in ((count, q), (count,), (count,))
+        start.new_empty(shape, dtype=torch.float64) for shape in ((count, q), (count,), (count,))
     )
-    found = torch.empty(count, dtype=torch.uint8)
+    found = start.new_empty(count, dtype=torch.uint8)
     core().block_lanczos(
         [m.data_ptr() for m in x], x[0].stride(0), n, k, plan.width, plan.blocks,
         start.data_ptr(), q, *norms, _ALIKE, _FOUND, _LEAST, u.data_ptr(), s.data_ptr(),

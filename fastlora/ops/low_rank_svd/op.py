@@ -195,7 +195,7 @@ def _natively(
     if found.all():
         error = _error(x, squares, u, s, vh)
         return LowRankSVD(u, s.float(), vh, error.float())
-    parts = LowRankSVD(u, s.float(), vh, torch.empty(len(x)))
+    parts = LowRankSVD(u, s.float(), vh, u.new_empty(len(x)))
     rest = (~found).nonzero().view(-1).tolist()
     others = _eagerly(
         [x[i] for i in rest], None, [names[i] for i in rest], q, niter, oversample, generator

@@ -21,7 +21,7 @@ def update(job: Job, table: Any = None) -> Tensor | None:
     """Everything the job asks for, in place; with shrink, which gradients were not finite."""
     momenta, params, grads = job.momenta, job.params, job.grads
     if not momenta:
-        return torch.zeros(0, dtype=torch.bool) if job.shrink is not None else None
+        return torch.zeros(0, dtype=torch.bool, device="cpu") if job.shrink is not None else None
     wide = [compute_dtype(None if params is None else params[i]) for i in range(len(momenta))]
     lost = None
     if job.shrink is not None and grads is not None:

@@ -52,7 +52,7 @@ class EightBit:
         """Zeros in ``tensor``'s shape, on its device."""
         return cls(
             torch.zeros(tensor.shape, dtype=torch.int8, device=tensor.device),
-            torch.zeros(blocks(tensor.numel()), device=tensor.device),
+            torch.zeros(blocks(tensor.numel()), dtype=torch.float32, device=tensor.device),
         )
 
     @classmethod

@@ -41,7 +41,7 @@ def update(job: Job, table: Any = None, isa: str = "") -> Tensor | None:
     if table is None:
         return row_major(job, lambda plain: update(plain, read(plain), isa))
     n = len(job.momenta)
-    lost = None if job.shrink is None else torch.zeros(n, dtype=torch.bool)
+    lost = None if job.shrink is None else torch.zeros(n, dtype=torch.bool, device="cpu")
     rows = [] if job.rows is None else [address(mask) for mask in job.rows]
     drawn: list[int] = []
     if job.seed is not None:

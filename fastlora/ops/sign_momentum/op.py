@@ -201,7 +201,7 @@ def _run(
         if tensors is not None and len(tensors) != n:
             raise ValueError(f"{name} got {len(tensors)} {kind} for {n} momenta")
     if not n:
-        return torch.zeros(0, dtype=torch.bool) if job.shrink is not None else None
+        return torch.zeros(0, dtype=torch.bool, device="cpu") if job.shrink is not None else None
     _check_masks(job)
     module = _backend.select(name, BACKENDS, job.momenta[0].device, torch.float32, backend)
     cache = cache or SignMomentumCache()

@@ -71,14 +71,14 @@ def update(job: Job, table: Any = None) -> Tensor | None:
                 momentum.set_(new)
             else:
                 momentum.copy_(new)
-    return None if job.shrink is None else torch.tensor(lost, dtype=torch.bool)
+    return None if job.shrink is None else torch.tensor(lost, dtype=torch.bool, device="cpu")
 
 
 def round_stochastically(values: Tensor, seed: int, index: int) -> Tensor:
     """bfloat16, up with the probability that makes the expectation exact (contract.keys' bits)."""
     k0, k1 = keys(seed, index)
     full = (1 << 32) - 1
-    h = (torch.arange(values.numel()) + k0) & full
+    h = (torch.arange(values.numel(), device="cpu") + k0) & full
     h ^= h >> 16
     h = (h * 0x85EBCA6B) & full
     h ^= h >> 13

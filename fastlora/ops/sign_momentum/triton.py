@@ -336,10 +336,10 @@ class Group:
         """Of members whose rows have rates of their own: the place of each row's tensor, and by
         tensor which row is its first, -1 for tensors of one rate; ``lengths``: rows by tensor."""
         if self.owners is None or self.owners[0] != own:
-            starts = torch.full((len(lengths),), -1)
-            rows = torch.tensor([lengths[i] for i in own])
+            starts = torch.full((len(lengths),), -1, device="cpu")
+            rows = torch.tensor([lengths[i] for i in own], device="cpu")
             starts[own] = rows.cumsum(0) - rows
-            places = torch.tensor(own).repeat_interleave(rows)
+            places = torch.tensor(own, device="cpu").repeat_interleave(rows)
             device = self.chunks.device
             self.owners = own, places.to(device), starts.to(device)
         return self.owners[1:]
@@ -384,8 +384,8 @@ class Table:
             if not members:  # all are empty
                 continue
             aligned = all(at % 16 == 0 for i in members for at in lines[i][:3])
-            entries = torch.tensor(members).to(self.device)
-            on_device = torch.tensor(own, dtype=torch.int64).to(self.device)
+            entries = torch.tensor(members, device=self.device)
+            on_device = torch.tensor(own, dtype=torch.int64, device=self.device)
             self.groups.append(
                 Group(types, members, aligned, on_device, entries, self.table[entries])
             )
@@ -418,12 +418,12 @@ def update(job: Job, table: Table | None = None) -> Tensor | None:
         rates = _rates(job, table)
     if job.seed is not None:
         words = [keys(job.seed, i) for i in range(n)]
-        drawn = torch.tensor(words, dtype=torch.int64).to(device)
+        drawn = torch.tensor(words, dtype=torch.int64, device=device)
     if job.centers is not None:
-        centers = torch.tensor(job.centers, dtype=torch.float32).to(device)
+        centers = torch.tensor(job.centers, dtype=torch.float32, device=device)
     if job.rows is not None:
-        masks = torch.tensor([0 if mask is None else mask.data_ptr() for mask in job.rows])
-        masks = masks.to(device)
+        places = [0 if mask is None else mask.data_ptr() for mask in job.rows]
+        masks = torch.tensor(places, device=device)
     for group in table.groups:
         p, g, m = group.types
         count = len(group.chunks)
@@ -437,7 +437,7 @@ def update(job: Job, table: Table | None = None) -> Tensor | None:
                 P_TYPE=p if sizes else "", G_TYPE="" if lost is None else g,
                 ALIGNED=group.aligned, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
-            part_rates = torch.empty(len(own), 2, device=device) if sizes else None
+            part_rates = torch.empty(len(own), 2, dtype=torch.float32, device=device) if sizes else None
             part_lost = torch.empty(len(group.members), dtype=torch.int8, device=device)
             sign_momentum_finish_kernel[(len(group.members),)](
                 group.table, sums, finite,
@@ -454,7 +454,7 @@ def update(job: Job, table: Table | None = None) -> Tensor | None:
         if ROWS.value in own:
             by_row = [i for i, kind in zip(group.members, own, strict=True) if kind == ROWS.value]
             places, starts = group.rows_of(by_row, table.rows)
-            row_rates = torch.empty(len(places), 2, device=device)
+            row_rates = torch.empty(len(places), 2, dtype=torch.float32, device=device)
             sign_momentum_rows_kernel[(len(places),)](
                 table.table, places, starts, given, row_rates,
                 P_TYPE=p, ROW=ROW, num_warps=WARPS, enable_fp_fusion=False,

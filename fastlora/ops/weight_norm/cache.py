@@ -8,6 +8,7 @@ and otherwise nothing is remembered that an optimizer could be changing. The REA
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -79,13 +80,23 @@ class WeightNormCache:
     def __init__(self, trust_versions: bool = False) -> None:
         self.trust_versions = trust_versions
         self._entry: _Entry | None = None  # replaced as a whole, so that threads never mix two
+        self._native: tuple[StorageWeakRef, Any] | None = None  # likewise
 
     def __reduce__(self) -> tuple[Any, ...]:
         return WeightNormCache, (self.trust_versions,)
 
     def clear(self) -> None:
         """Forgets everything; for writes that cannot be noticed (README)."""
-        self._entry = None
+        self._entry = self._native = None
+
+    def memory(self, weight: Tensor, new: Callable[[], Any]) -> Any:
+        """What ``new`` has made for this weight's storage, and a backend keeps its own results in
+        instead of here; the storage's address is given to no other meanwhile."""
+        storage = weight.untyped_storage()
+        known = self._native
+        if known is None or known[0].cdata != storage._cdata:
+            self._native = known = StorageWeakRef(storage), new()
+        return known[1]
 
     def find(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Found:
         """What is remembered for these tensors."""
@@ -208,9 +219,9 @@ def _probe(weight: Tensor) -> Tensor:
 @lru_cache(maxsize=64)
 def _places(n: int, k: int) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):
-        steps = torch.arange(_PROBES)
+        steps = torch.arange(_PROBES, device="cpu")
         # the golden ratio's multiples spread over the columns whatever K is
-        return steps * n // _PROBES, (steps * 0.6180339887498949 % 1.0 * k).long()
+        return steps * n // _PROBES, (steps.double() * 0.6180339887498949 % 1.0 * k).long()
 
 
 @lru_cache(maxsize=64)

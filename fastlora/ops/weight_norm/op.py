@@ -83,6 +83,12 @@ def _norm(
     cache: WeightNormCache | None,
     module: ModuleType,
 ) -> Tensor:
+    remembered = None if cache is None else getattr(module, "remembered", None)
+    if remembered is not None:
+        with _plain(weight):
+            norm = remembered(weight, lora_A, lora_B, scaling, cache)
+        if norm is not None:
+            return norm.detach()
     weight_sq = seen = None
     if cache is not None:
         found, weight_sq, seen = cache.find(weight, lora_A, lora_B, scaling)

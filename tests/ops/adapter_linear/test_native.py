@@ -54,11 +54,35 @@ def test_update(isa, m, n, r, scale, bias, layout):
     p=st.sampled_from([0.0, 1e-5, 0.1, 0.999999]),
     seed=st.sampled_from([0, 1, -1, 2**62 + 12345, -(2**63)]),
     layout=st.booleans(),
+    bits_first=st.booleans(),
 )
-def test_draw_is_the_philox_mask(isa, m, n, p, seed, layout):
+def test_draw_is_the_philox_mask(isa, m, n, p, seed, layout, bits_first):
     x, key = draw(m, n, columns=layout), torch.tensor([seed])
-    got = native.draw((m, n), p, key, torch.device("cpu"), isa=isa)(x)
-    assert torch.equal(got, torch.where(philox_keep((m, n), p, key), x, 0.0))
+    keep = native.draw((m, n), p, key, torch.device("cpu"), isa=isa)
+    expected = philox_keep((m, n), p, key)
+    bits = keep.bits() if bits_first else None
+    for _ in range(2):  # drawn, and from its bits
+        assert torch.equal(keep(x), torch.where(expected, x, 0.0))
+    assert bits is None or bits is keep.bits()
+    places = torch.arange(n)
+    words = keep.bits()[:, places // 16].int() >> (places % 16).int()
+    assert torch.equal((words & 1).bool(), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@given(m=ROWS, n=COLUMNS, r=RANKS, p=st.sampled_from([0.1, 0.7]), stride=st.booleans())
+def test_update_past_a_mask(isa, m, n, r, p, stride):
+    wide = draw(m, n + 7)
+    out, a, b = wide[:, :n] if stride else wide[:, :n].clone(), draw(m, r, seed=1), draw(r, n, seed=2)
+    key = torch.tensor([n])
+    keep = philox_keep((m, n), p, key)
+    product = torch.where(keep, a.double() @ b.double(), 0.0)
+    exact, size = out.double() + product, out.double().abs() + a.double().abs() @ b.double().abs()
+    before, beside = out.clone(), wide[:, n:].clone()
+    native.update(out, a, b, keep=native.draw((m, n), p, key, out.device, isa=isa), isa=isa)
+    assert close(out, exact, size)
+    assert torch.equal(out[~keep], before[~keep])  # to the bit
+    assert torch.equal(wide[:, n:], beside)
 
 
 @pytest.mark.parametrize("isa", ISAS)
