@@ -77,6 +77,7 @@ void along_packed(const float* x, std::int64_t columns, const float* v, int widt
             for (int k = 0; k < length; ++k, left += TALL, right += width) {
                 Floats own[VECTORS];
                 for (int r = 0; r < VECTORS; ++r) own[r] = load(left + r * LANES);
+#pragma GCC unroll 32
                 for (int c = 0; c < SOME; ++c) {
                     for (int r = 0; r < VECTORS; ++r) acc[c][r] += right[c] * own[r];
                 }
@@ -118,12 +119,13 @@ void packed_tile(const Panels& x, const float* y, int width, float* z, bool firs
         for (int i = 0; i < TALL; ++i, y += width) {
             Vector right[VECTORS];
             for (int v = 0; v < VECTORS; ++v) std::memcpy(&right[v], y + v * SIZE, sizeof(Vector));
+#pragma GCC unroll 32  // or the sums go through memory
             for (int c = 0; c < COUNT; ++c) {
                 for (int v = 0; v < VECTORS; ++v) acc[c][v] += own[c * TALL + i] * right[v];
             }
         }
     }
-#pragma GCC unroll 32  // or the sums go through memory
+#pragma GCC unroll 32
     for (int c = 0; c < COUNT; ++c) {
         for (int v = 0; v < VECTORS; ++v) {
             float* to = z + c * width + v * SIZE;
