@@ -22,9 +22,10 @@ constexpr double REPAIRED = 0.05;     // and up to where one Cholesky pass repai
 constexpr int CHECKING = 2;           // blocks of the check
 constexpr int GROUP = 8;              // what widths are a multiple of
 constexpr int TALL = 3 * LANES;       // rows of a panel of X
-constexpr int PAIR = 2;               // panels that are multiplied at once: XᵀY is read and written
-                                      // half as often, and they still fit the second cache
-constexpr int BASIS = 2 * LANES;      // vectors of a panel of the basis: few, since the last has gaps
+// panels that are multiplied at once: XᵀY is read and written half as often, where both fit the
+// second cache
+constexpr int PAIR = LANES == 16 ? 1 : 2;
+constexpr int BASIS = 16;             // vectors of a panel of the basis: few, since the last has gaps
 constexpr int RUN = 512;              // squares that are summed in float32
 constexpr int GRAM_ROWS = 64;
 constexpr int WIDEST = 32;            // vectors of a block
@@ -60,45 +61,56 @@ double square_sum(const float* values, std::int64_t length) {
 }
 
 // g [n, n] = xᵀx of rows x [count, n], in float64, by rows `width` apart; its first `known` rows and
-// columns, a multiple of 8, are there already. `space`: [width, GRAM_ROWS], in which LANES columns of x
-// lie together.
+// columns, a multiple of GROUP, are there already. `space`: [width, GRAM_ROWS], in which GROUP columns
+// of x lie together.
 void gram_of_columns(Rows x, std::int64_t count, int known, int n, std::int64_t width, double* g,
                      double* space) {
-    constexpr int TILE = 4;
-    const int fresh = known / LANES * LANES;
+    constexpr int TILE = LANES == 16 ? 8 : 4, PARTS = GROUP / WIDE;
+    typedef float Some __attribute__((vector_size(4 * WIDE)));
+    const auto from = [&](int i) { return i < known ? known : i / GROUP * GROUP; };
     for (int i = 0; i < up_to(n, TILE); ++i) {
-        for (std::int64_t j = i < fresh ? fresh : i / LANES * LANES; j < width; ++j) {
-            g[i * width + j] = 0;
-        }
+        for (std::int64_t j = from(i); j < width; ++j) g[i * width + j] = 0;
     }
     for (std::int64_t first = 0; first < count; first += GRAM_ROWS) {
         const int some = least(count - first, GRAM_ROWS);
-        for (int j = 0; j < n; j += LANES) {
+        for (int j = 0; j < n; j += GROUP) {
             double* to = space + j * GRAM_ROWS;
-            const int columns = least(n - j, LANES);
-            for (int i = 0; i < some; ++i, to += LANES) {
+            const int columns = least(n - j, GROUP);
+            for (int i = 0; i < some; ++i, to += GROUP) {
                 const float* row = x[first + i] + j;
-                store(to, widen(columns == LANES ? load(row) : load_some(row, columns)));
+                alignas(64) float padded[GROUP] = {};
+                if (columns < GROUP) {
+                    std::memcpy(padded, row, static_cast<std::size_t>(columns) * sizeof(float));
+                    row = padded;
+                }
+                for (int v = 0; v < GROUP; v += WIDE) {
+                    Some own;
+                    std::memcpy(&own, row + v, sizeof own);
+                    put(to + v, __builtin_convertvector(own, Wide));
+                }
             }
         }
         for (int i = 0; i < n; i += TILE) {
-            const int place = i / LANES * LANES;
-            for (std::int64_t j = place < fresh ? fresh : place; j < n; j += LANES) {
-                Wide acc[TILE][2];
+            for (std::int64_t j = from(i); j < n; j += GROUP) {
+                Wide acc[TILE][PARTS];
                 for (int t = 0; t < TILE; ++t) {
-                    for (int v = 0; v < 2; ++v) acc[t][v] = wide(g + (i + t) * width + j + v * WIDE);
+                    for (int v = 0; v < PARTS; ++v) {
+                        acc[t][v] = wide(g + (i + t) * width + j + v * WIDE);
+                    }
                 }
-                const double* left = space + place * GRAM_ROWS + i - place;
+                const double* left = space + i / GROUP * GROUP * GRAM_ROWS + i % GROUP;
                 const double* right = space + j * GRAM_ROWS;
-                for (int row = 0; row < some; ++row, left += LANES, right += LANES) {
-                    const Wide one = wide(right), two = wide(right + WIDE);
+                for (int row = 0; row < some; ++row, left += GROUP, right += GROUP) {
+                    Wide own[PARTS];
+                    for (int v = 0; v < PARTS; ++v) own[v] = wide(right + v * WIDE);
                     for (int t = 0; t < TILE; ++t) {
-                        acc[t][0] += left[t] * one;
-                        acc[t][1] += left[t] * two;
+                        for (int v = 0; v < PARTS; ++v) acc[t][v] += left[t] * own[v];
                     }
                 }
                 for (int t = 0; t < TILE; ++t) {
-                    for (int v = 0; v < 2; ++v) put(g + (i + t) * width + j + v * WIDE, acc[t][v]);
+                    for (int v = 0; v < PARTS; ++v) {
+                        put(g + (i + t) * width + j + v * WIDE, acc[t][v]);
+                    }
                 }
             }
         }
@@ -160,10 +172,10 @@ public:
           sums_((threads > 1 ? chunks_ : 1) * size_),
           squares_of_(panels_),
           taken_(basis_panels_ * BASIS * block_),
-          gram_(up_to(most_, 4) * width_),
+          gram_(up_to(most_, GROUP) * width_),
           gram_block_(WIDEST * width_),
           work_(most_ * width_),
-          vectors_(most_ * width_),
+          vectors_(most_ * wide_),
           values_(width_),
           rows_(GRAM_ROWS * width_),
           weights_(basis_panels_ * BASIS * wide_),
@@ -362,7 +374,7 @@ private:
         double out = 0;
         for (int panel = begin; panel < end; ++panel) {
             alignas(64) float y[WIDEST * BASIS];
-            along_packed<2>(basis_panel(panel), call_.columns, next_, block_, y);
+            along_packed<BASIS / LANES>(basis_panel(panel), call_.columns, next_, block_, y);
             for (int i = 0; i < BASIS; ++i) {
                 const int vector = panel * BASIS + i;
                 const bool meant = vector >= first && vector < last;
@@ -389,7 +401,7 @@ private:
         gram_of_columns({image_ + 0, width_}, call_.rows, known * block_, count_, width_,
                         gram_ + 0, rows_ + 0);
         std::memcpy(work_ + 0, gram_ + 0, count_ * width_ * sizeof(double));
-        Symmetric solver(count_, width_, work_ + 0, values_ + 0, vectors_ + 0);
+        Symmetric solver(count_, width_, work_ + 0, values_ + 0);
         if (!solver.values()) return false;
         for (int i = 0; i < count_; ++i) {
             int at = i;
@@ -398,8 +410,7 @@ private:
         }
         if (!(values_[order_[0]] < HUGE_VAL)) return false;
         if (!checked && alike()) return true;
-        if (!solver.vectors()) return false;
-        for (int i = 0; i < call_.q; ++i) solver.back(order_[i]);
+        solver.vectors(order_ + 0, static_cast<int>(call_.q), wide_, vectors_ + 0);
         return true;
     }
 
@@ -425,9 +436,10 @@ private:
         if (!ritz(blocks + CHECKING, blocks, true)) return false;
         double energy = 0, found = 0;
         for (std::int64_t i = 0; i < call_.q; ++i) {
-            const double* z = vectors_ + order_[i] * width_;
             double weight = 0;
-            for (int j = blocks * block_; j < count_; ++j) weight += z[j] * z[j];
+            for (int j = blocks * block_; j < count_; ++j) {
+                weight += vectors_[j * wide_ + i] * vectors_[j * wide_ + i];
+            }
             energy += values_[order_[i]];
             found += values_[order_[i]] * weight;
         }
@@ -440,11 +452,10 @@ private:
         const std::int64_t q = call_.q;
         if (!(value(q - 1) > call_.least * value(0))) return false;
         double* s = call_.s + index * q;
+        for (std::int64_t i = 0; i < q; ++i) s[i] = value(i);
         std::memset(weights_ + 0, 0, basis_panels_ * BASIS * wide_ * sizeof(float));
-        for (std::int64_t i = 0; i < q; ++i) {
-            const double* z = vectors_ + order_[i] * width_;
-            s[i] = value(i);
-            for (int j = 0; j < count_; ++j) weights_[j * wide_ + i] = static_cast<float>(z[j]);
+        for (std::int64_t i = 0; i < count_ * wide_; ++i) {
+            weights_[i] = static_cast<float>(vectors_[i]);
         }
         right();
         if (!orthonormal(right_ + 0, call_.columns, wide_)) return false;
@@ -464,9 +475,9 @@ private:
     // U = Y Z / s [rows, q].
     void left(float* u) const {
         for (std::int64_t i = 0; i < call_.q; ++i) {
-            const double* z = vectors_ + order_[i] * width_;
+            const double inverse = 1 / value(i);
             for (int j = 0; j < count_; ++j) {
-                weights_[j * wide_ + i] = static_cast<float>(z[j] / value(i));
+                weights_[j * wide_ + i] = static_cast<float>(vectors_[j * wide_ + i] * inverse);
             }
         }
         Buffer<float> some(wide_ * TALL);

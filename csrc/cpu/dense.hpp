@@ -74,48 +74,82 @@ inline void invert_lower(double* a, int n, std::int64_t stride) {
     }
 }
 
-// Eigenvalues w [n], unordered, of the symmetric a [n, n] by `values`, and after it eigenvectors by
-// `vectors`: Householder's tridiagonal form, then implicit QL (Golub and Van Loan, 8.3). Vector i of the
-// tridiagonal form is row i of z; `back` makes it a's. What a held is lost.
+// Eigenvalues w [n], unordered, of the symmetric a [n, n] by `values`, and after it eigenvectors of
+// some by `vectors`: Householder's tridiagonal form, then implicit QL (Golub and Van Loan, 8.3), whose
+// rotations are kept. What a held is lost.
 class Symmetric {
 public:
-    Symmetric(int n, std::int64_t stride, double* a, double* w, double* z)
+    Symmetric(int n, std::int64_t stride, double* a, double* w)
         : n_(n),
           stride_(stride),
           a_(a),
           w_(w),
-          z_(z),
           off_(stride),
           line_(stride),
           beta_(stride),
-          form_(2 * stride) {}
+          turns_(2 * most_turns()),
+          sweeps_(2 * most_sweeps()) {}
 
     bool values() {
         tridiagonalise();
-        std::memcpy(form_ + 0, w_, n_ * sizeof(double));
-        std::memcpy(form_ + stride_, off_ + 0, n_ * sizeof(double));
-        return iterate(false);
+        return iterate();
     }
 
-    bool vectors() {
-        std::memcpy(w_, form_ + 0, n_ * sizeof(double));
-        std::memcpy(off_ + 0, form_ + stride_, n_ * sizeof(double));
-        zero(z_, n_ * stride_);
-        for (int i = 0; i < n_; ++i) z_[i * stride_ + i] = 1;
-        return iterate(true);
-    }
-
-    // Row i of z in a's coordinates.
-    void back(int i) const {
-        double* z = z_ + i * stride_;
-        for (int k = n_ - 3; k >= 0; --k) {
-            const double* v = a_ + k * stride_;  // zeros up to k
-            const std::int64_t from = (k + 1) / LANES * LANES;
-            add(z, -beta_[k] * dot(v, z, from, stride_), v, from, stride_);
+    // x [n, width], width a multiple of WIDE: in column i < count the vector of w[order[i]].
+    void vectors(const int* order, int count, std::int64_t width, double* x) const {
+        zero(x, n_ * width);
+        for (int i = 0; i < count; ++i) x[order[i] * width + i] = 1;
+        std::int64_t column = 0;
+        for (; column + AT_ONCE * WIDE <= width; column += AT_ONCE * WIDE) {
+            back<AT_ONCE>(width, x + column);
         }
+        for (; column < width; column += WIDE) back<1>(width, x + column);
     }
 
 private:
+    static constexpr int AT_ONCE = 4;  // vectors whose latencies hide each other
+
+    // Twice what is ever needed, or more: QL takes under two sweeps an eigenvalue.
+    std::int64_t most_turns() const { return 4 * std::int64_t{n_} * n_; }
+    std::int64_t most_sweeps() const { return 8 * std::int64_t{n_}; }
+
+    // COUNT vectors of columns, all rotations and then all reflections backwards.
+    template <int COUNT>
+    void back(std::int64_t width, double* x) const {
+        const double* turn = turns_ + 2 * turned_;
+        for (std::int64_t sweep = swept_ - 1; sweep >= 0; --sweep) {
+            const int last = sweeps_[2 * sweep], count = sweeps_[2 * sweep + 1];
+            double* row = x + (last - count) * width;
+            Wide low[COUNT];
+            for (int v = 0; v < COUNT; ++v) low[v] = wide(row + v * WIDE);
+            for (int i = 0; i < count; ++i, row += width) {
+                turn -= 2;
+                const double c = turn[0], s = turn[1];
+                for (int v = 0; v < COUNT; ++v) {
+                    const Wide high = wide(row + width + v * WIDE);
+                    put(row + v * WIDE, c * low[v] + s * high);
+                    low[v] = c * high - s * low[v];
+                }
+            }
+            for (int v = 0; v < COUNT; ++v) put(row + v * WIDE, low[v]);
+        }
+        for (int k = n_ - 3; k >= 0; --k) {
+            const double* reflector = a_ + k * stride_;  // zeros up to k
+            Wide dots[COUNT] = {};
+            double* row = x + (k + 1) * width;
+            for (int i = k + 1; i < n_; ++i, row += width) {
+                for (int v = 0; v < COUNT; ++v) dots[v] += reflector[i] * wide(row + v * WIDE);
+            }
+            for (int v = 0; v < COUNT; ++v) dots[v] *= beta_[k];
+            row = x + (k + 1) * width;
+            for (int i = k + 1; i < n_; ++i, row += width) {
+                for (int v = 0; v < COUNT; ++v) {
+                    put(row + v * WIDE, wide(row + v * WIDE) - reflector[i] * dots[v]);
+                }
+            }
+        }
+    }
+
     void tridiagonalise() {
         for (int k = 0; k + 2 < n_; ++k) {
             double* v = a_ + k * stride_;
@@ -152,7 +186,8 @@ private:
         }
     }
 
-    bool iterate(bool vectors) {
+    bool iterate() {
+        turned_ = swept_ = 0;
         for (int l = 0; l < n_; ++l) {
             for (int rounds = 0;; ++rounds) {
                 int m = l;
@@ -161,12 +196,15 @@ private:
                     if (std::fabs(off_[m]) <= 1e-16 * size) break;
                 }
                 if (m == l) break;
-                if (rounds == 60) return false;
+                if (rounds == 60 || swept_ == most_sweeps() || turned_ + m - l > most_turns()) {
+                    return false;
+                }
                 double g = (w_[l + 1] - w_[l]) / (2 * off_[l]);
                 double r = std::sqrt(g * g + 1);
                 g = w_[m] - w_[l] + off_[l] / (g + (g < 0 ? -r : r));
                 double s = 1, c = 1, p = 0;
                 int i = m - 1;
+                double* turn = turns_ + 2 * turned_;
                 for (; i >= l; --i) {
                     double f = s * off_[i];
                     const double b = c * off_[i];
@@ -184,8 +222,13 @@ private:
                     p = s * r;
                     w_[i + 1] = g + p;
                     g = c * r - b;
-                    if (vectors) rotate(z_ + i * stride_, z_ + (i + 1) * stride_, c, s);
+                    *turn++ = c;
+                    *turn++ = s;
                 }
+                sweeps_[2 * swept_] = m;
+                sweeps_[2 * swept_ + 1] = m - 1 - i;
+                turned_ += m - 1 - i;
+                ++swept_;
                 if (r == 0 && i >= l) continue;
                 w_[l] -= p;
                 off_[l] = g;
@@ -195,21 +238,14 @@ private:
         return true;
     }
 
-    void rotate(double* low, double* high, double c, double s) const {
-        for (std::int64_t j = 0; j < stride_; j += WIDE) {
-            const Wide one = wide(low + j), other = wide(high + j);
-            put(high + j, s * one + c * other);
-            put(low + j, c * one - s * other);
-        }
-    }
-
     const int n_;
     const std::int64_t stride_;
     double* const a_;
     double* const w_;
-    double* const z_;
     const Buffer<double> off_, line_, beta_;
-    const Buffer<double> form_;  // the tridiagonal form: diagonal, and what is beside it
+    const Buffer<double> turns_;  // cosine and sine of every rotation
+    const Buffer<int> sweeps_;    // of every sweep the row it begins at, and its rotations
+    std::int64_t turned_ = 0, swept_ = 0;
 };
 
 }  // namespace

@@ -20,6 +20,17 @@ inline Floats load_some(const float* from, std::int64_t count) {
 
 typedef float Four __attribute__((vector_size(16)));
 
+// Of both one after the other, those elements.
+template <int A, int B, int C, int D>
+inline Four merge(Four one, Four other) {
+#if defined(__clang__)
+    return __builtin_shufflevector(one, other, A, B, C, D);
+#else
+    typedef std::int32_t Places __attribute__((vector_size(16)));
+    return __builtin_shuffle(one, other, Places{A, B, C, D});
+#endif
+}
+
 inline void transpose_one_by_one(const float* from, std::int64_t from_stride, std::int64_t rows,
                                  std::int64_t columns, float* to, std::int64_t to_stride) {
     for (std::int64_t i = 0; i < rows; ++i) {
@@ -40,9 +51,12 @@ inline void transpose(const float* from, std::int64_t from_stride, std::int64_t 
             std::memcpy(&b, row + from_stride + k, sizeof b);
             std::memcpy(&c, row + 2 * from_stride + k, sizeof c);
             std::memcpy(&d, row + 3 * from_stride + k, sizeof d);
+            const Four rows[4] = {merge<0, 1, 4, 5>(merge<0, 4, 1, 5>(a, b), merge<0, 4, 1, 5>(c, d)),
+                                  merge<2, 3, 6, 7>(merge<0, 4, 1, 5>(a, b), merge<0, 4, 1, 5>(c, d)),
+                                  merge<0, 1, 4, 5>(merge<2, 6, 3, 7>(a, b), merge<2, 6, 3, 7>(c, d)),
+                                  merge<2, 3, 6, 7>(merge<2, 6, 3, 7>(a, b), merge<2, 6, 3, 7>(c, d))};
             for (int lane = 0; lane < 4; ++lane) {
-                const Four turned{a[lane], b[lane], c[lane], d[lane]};
-                std::memcpy(to + (k + lane) * to_stride + i, &turned, sizeof turned);
+                std::memcpy(to + (k + lane) * to_stride + i, &rows[lane], sizeof rows[lane]);
             }
         }
         transpose_one_by_one(row + k, from_stride, 4, columns - k, to + k * to_stride + i, to_stride);
