@@ -180,7 +180,9 @@ def _over_ranks(
         return tensor
 
     first = next(iter(layers.values())).weight.device
-    counts = torch.tensor([count, *(name in sums for name in layers)], dtype=torch.float64, device="cpu")
+    counts = torch.tensor(
+        [count, *(name in sums for name in layers)], dtype=torch.float64, device="cpu"
+    )
     total, *seen = added(counts, first).tolist()
     if not total:
         raise ValueError("there is no batch to take gradients of")

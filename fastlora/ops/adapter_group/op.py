@@ -74,7 +74,7 @@ def adapter_group(
     if one_by_one:
         return tuple(_alone(x, member, backend) for member in members)
     module = _backend.select("adapter_group", BACKENDS, device, x.dtype, backend)
-    if has_few_rows(x, module) and not any(_has_vectors(member) for member in members):
+    if has_few_rows(x, module):
         return tuple(_alone(x, member, backend) for member in members)
     members = tuple(members)
     operands = [tensor for member in members for tensor in tensors(member) if tensor is not None]
@@ -93,11 +93,6 @@ def _check(x: Tensor, member: Member) -> bool:
     check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
     _, drop_base = check_vectors(Scales(*vectors), x, lora_B, dropout_p, drop_base)
     return drop_base
-
-
-def _has_vectors(member: Member) -> bool:
-    vectors = (member.out_scale, member.mid_scale, member.adapter_scale)
-    return any(vector is not None for vector in vectors)
 
 
 def _alone(x: Tensor, member: Member, backend: str | None) -> Tensor:

@@ -188,18 +188,17 @@ def few_rows(
     bias: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
+    scales: Scales | None = None,
+    drop_base: bool = False,
     draw: Draw = stream_mask,
 ) -> Tensor:
     """y [M, N] as differentiable PyTorch: the same values, mask and gradients as ``forward`` and
     ``backward`` without a Function of ours, which for few rows costs more than all products."""
-    linear = torch.nn.functional.linear
-    inner = x
+    dropped = x
     if seed is not None:
         keep = draw((x.shape[0], x.shape[1]), dropout_p, seed, x.device)
-        inner = x * keep(x.new_ones(()).expand(x.shape))
-        scaling *= keep_scale(dropout_p)
-    update = linear(linear(inner, lora_A), lora_B)
-    return torch.add(linear(x, weight, bias), update, alpha=scaling)
+        dropped = x * keep(x.new_full((), keep_scale(dropout_p)).expand(x.shape))
+    return _formula(x, dropped, weight, lora_A, lora_B, bias, scaling, scales, drop_base)
 
 
 def composite(
@@ -217,23 +216,38 @@ def composite(
 
     Takes x with its leading dimensions; the mask is drawn, and kept, by ``F.dropout``.
     """
-    linear = torch.nn.functional.linear
-    g, d, b = (
-        None if scale is None else scale.to(x.dtype) for scale in scales or Scales(None, None, None)
-    )
+    dtype = x.dtype
+    if scales is not None:
+        scales = Scales(*(None if scale is None else scale.to(dtype) for scale in scales))
     dropped = torch.nn.functional.dropout(x, dropout_p) if dropout_p > 0.0 else x
-    t = linear(dropped, lora_A.to(x.dtype))
-    update = scaling * linear(t if d is None else t * d, lora_B.to(x.dtype))
+    small = lora_A.to(dtype), lora_B.to(dtype)
+    return _formula(x, dropped, weight, *small, bias, scaling, scales, drop_base)
+
+
+def _formula(
+    x: Tensor,
+    dropped: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    scales: Scales | None,
+    drop_base: bool,
+) -> Tensor:
+    linear = torch.nn.functional.linear
+    g, d, b = scales or Scales(None, None, None)
+    t = linear(dropped, lora_A)
+    update = linear(t if d is None else t * d, lora_B)
     if b is not None:
         update = update * b
-    y = linear(x, weight)
     if g is None:
-        y = y + update
-    elif drop_base:
-        y = y + (g - 1) * linear(dropped, weight) + g * update
-    else:
-        y = g * (y + update)
-    return y if bias is None else y + bias
+        return torch.add(linear(x, weight, bias), update, alpha=scaling)
+    z = torch.add(linear(dropped if drop_base else x, weight), update, alpha=scaling)
+    if drop_base:
+        plain = torch.add(linear(x, weight, bias), update, alpha=scaling)
+        return torch.addcmul(plain, z, g - 1)
+    return z * g if bias is None else torch.addcmul(bias, z, g)
 
 
 def backward(
@@ -342,9 +356,9 @@ def scaled_forward(
     dropped = mask(x).mul_(keep_scale(dropout_p))
     t = linear(dropped, lora_A, None).mul_(scaling)
     y = linear(x, weight, bias)
-    y.t().addmm_(lora_B, t.t())
+    update(y, t, lora_B.t())
     z = linear(dropped, weight, None)
-    z.t().addmm_(lora_B, t.t())
+    update(z, t, lora_B.t())
     y.addcmul_(z, less_one(out_scale, x.dtype))
     return y, t if need_t else None, z if need_z else None
 
@@ -381,13 +395,18 @@ def scaled_backward(
     """
     dx = dweight = dA = dB = dbias = dg = None
     if drop_base:
-        dx, dweight, dA, dB = _drop_base_backward(
-            dy, x, weight, lora_A, lora_B, t, scaling, dropout_p, seed, needs, out_scale, linear,
+        assert read is not None or not need_out_scale
+        factor = scaling * keep_scale(dropout_p)
+        lora_C = lora_B if needs.x or needs.lora_A else None
+        passed = output_pass(
+            dy, lora_C, t if needs.lora_B else None, factor, linear,
+            out_scale=out_scale, read=read if need_out_scale else None, is_y=False,
+        )  # fmt: skip
+        dx, dweight, dA = _drop_base_to_input(
+            dy, passed.h, x, weight, lora_A, dropout_p, seed, needs, out_scale, linear, update,
             draw,
         )  # fmt: skip
-        if need_out_scale:
-            assert read is not None
-            dg, _ = _column_dots(dy, read)
+        dB, dg = passed.dC, passed.dg
     else:
         passed = scaled_pass(
             dy, read, out_scale, bias, x, weight, lora_B, t, scaling * keep_scale(dropout_p),
@@ -453,32 +472,25 @@ def scaled_pass(
     return passed
 
 
-def _drop_base_backward(
+def _drop_base_to_input(
     dy: Tensor,
+    h: Tensor | None,
     x: Tensor | None,
     weight: Tensor | None,
     lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    t: Tensor | None,
-    scaling: float,
     dropout_p: float,
     seed: Tensor | None,
     needs: Needs,
     out_scale: Tensor,
     linear: Linear,
+    update: Update,
     draw: Draw,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dweight, dA, dB) where dropout reaches the base's scaled part too."""
-    dx = dweight = dA = dB = h = dropped = None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dweight, dA) where dropout reaches the base's scaled part too; h is that of the pass."""
+    dx = dweight = dA = dropped = None
     mask: Mask | None = None
     scale = keep_scale(dropout_p)
     extra = less_one(out_scale, dy.dtype)  # g − 1
-    if needs.lora_B:
-        assert t is not None
-        dB = reduce(linear, t, dy).t() * out_scale[:, None]
-    if needs.x or needs.lora_A:
-        assert lora_B is not None
-        h = linear(dy, times(lora_B, out_scale[:, None]).t(), None).mul_(scaling * scale)
     if needs.x or needs.lora_A or needs.weight:
         assert seed is not None
         wide = lora_A if x is None else x
@@ -497,9 +509,9 @@ def _drop_base_backward(
     if needs.x:
         assert weight is not None and lora_A is not None and h is not None and mask is not None
         past = linear(times(dy, extra * scale), weight.t(), None)
-        past.t().addmm_(lora_A.t(), h.t())
+        update(past, h, lora_A)
         dx = linear(dy, weight.t(), None).add_(mask(past))
-    return dx, dweight, dA, dB
+    return dx, dweight, dA
 
 
 def less_one(scale: Tensor, dtype: torch.dtype) -> Tensor:

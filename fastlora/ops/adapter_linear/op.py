@@ -81,9 +81,9 @@ def adapter_linear(
     tensors, the same formula runs as ordinary differentiable PyTorch, which keeps what autograd
     does whatever keep_output says.
 
-    A float32 call of at most four rows on a CPU, without vectors, is a few differentiable PyTorch
-    calls whatever the backend: the same values, masks and gradients, but dropout keeps its mask
-    beside its seed, and there is a second derivative.
+    A float32 call of at most four rows on a CPU is a few differentiable PyTorch calls whatever the
+    backend: the same values, masks and gradients, but autograd keeps what it does, dropout's mask
+    among it, whatever keep_output says, and there is a second derivative.
 
     Returns:
         y [..., N] in the compute dtype.
@@ -115,15 +115,17 @@ def adapter_linear(
     if is_transformed(x):
         return composite(*arguments, scales, drop_base)
     module = _backend.select("adapter_linear", BACKENDS, device, x.dtype, backend)
+    if has_few_rows(x, module):
+        seed = module.draw_seed(device) if dropout_p > 0.0 else None
+        y = module.few_rows(
+            rows(x), weight, lora_A, lora_B, scaling, bias, dropout_p, seed, scales, drop_base
+        )
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
     if scales is not None:
         with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
             return ScaledAdapterLinear.apply(
                 *arguments[:5], *scales, *arguments[5:], drop_base, keep_output, module
             )
-    if has_few_rows(x, module):
-        seed = module.draw_seed(device) if dropout_p > 0.0 else None
-        y = module.few_rows(rows(x), weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
     if autocast:
         with torch.autocast(device.type, enabled=False):
             return _AdapterLinear.apply(*arguments, module)

@@ -422,8 +422,8 @@ def update(job: Job, table: Table | None = None) -> Tensor | None:
     if job.centers is not None:
         centers = torch.tensor(job.centers, dtype=torch.float32, device=device)
     if job.rows is not None:
-        places = [0 if mask is None else mask.data_ptr() for mask in job.rows]
-        masks = torch.tensor(places, device=device)
+        pointers = [0 if mask is None else mask.data_ptr() for mask in job.rows]
+        masks = torch.tensor(pointers, device=device)
     for group in table.groups:
         p, g, m = group.types
         count = len(group.chunks)
@@ -437,7 +437,9 @@ def update(job: Job, table: Table | None = None) -> Tensor | None:
                 P_TYPE=p if sizes else "", G_TYPE="" if lost is None else g,
                 ALIGNED=group.aligned, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
-            part_rates = torch.empty(len(own), 2, dtype=torch.float32, device=device) if sizes else None
+            part_rates = (
+                torch.empty(len(own), 2, dtype=torch.float32, device=device) if sizes else None
+            )
             part_lost = torch.empty(len(group.members), dtype=torch.int8, device=device)
             sign_momentum_finish_kernel[(len(group.members),)](
                 group.table, sums, finite,

@@ -366,11 +366,12 @@ def test_an_output_may_be_changed_in_place_where_it_is_not_needed(leading):
         members[0] = members[0]._replace(keep_output=keep)
         leaf, own = trained(x, members, {"x", name})
         ys = adapter_group(leaf, own)
-        assert not any(y._is_view() for y in ys)
+        few = leading == ()  # one row: plain PyTorch calls, none of which keeps y
+        assert few or not any(y._is_view() for y in ys)
         ys[1].mul_(2)
         ys[0].relu_()
         loss = sum(y.sum() for y in ys)
-        if refused:
+        if refused and not few:
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 loss.backward()
         else:

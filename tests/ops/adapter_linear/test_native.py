@@ -73,7 +73,11 @@ def test_draw_is_the_philox_mask(isa, m, n, p, seed, layout, bits_first):
 @given(m=ROWS, n=COLUMNS, r=RANKS, p=st.sampled_from([0.1, 0.7]), stride=st.booleans())
 def test_update_past_a_mask(isa, m, n, r, p, stride):
     wide = draw(m, n + 7)
-    out, a, b = wide[:, :n] if stride else wide[:, :n].clone(), draw(m, r, seed=1), draw(r, n, seed=2)
+    out, a, b = (
+        wide[:, :n] if stride else wide[:, :n].clone(),
+        draw(m, r, seed=1),
+        draw(r, n, seed=2),
+    )
     key = torch.tensor([n])
     keep = philox_keep((m, n), p, key)
     product = torch.where(keep, a.double() @ b.double(), 0.0)

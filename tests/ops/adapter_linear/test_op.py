@@ -296,9 +296,10 @@ def test_an_output_changed_in_place_is_noticed_where_it_is_needed(leading):
     for name, refused in (("lora_B", False), ("out_scale", True)):
         leaves = {n: v.detach().requires_grad_(n == name) for n, v in t.items()}
         y = adapter_linear(scaling=2.0, **leaves)
-        assert not y._is_view()
+        few = leading == ()  # one row: plain PyTorch calls, none of which keeps y
+        assert few or not y._is_view()
         y.mul_(2)
-        if refused:
+        if refused and not few:
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 y.sum().backward()
         else:
