@@ -35,6 +35,7 @@ def poison(monkeypatch):
 
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, filled(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty))
 
 
 @pytest.fixture

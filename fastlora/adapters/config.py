@@ -67,8 +67,9 @@ class LoRAConfig(AdapterConfig):
             False computes it again in backward: less memory for one more base product; a list of
             module names (as ``target_modules``) does so for all others. What the model keeps anyway
             (a gated pair, an attention's values) costs nothing to keep, so in a llama all but
-            q_proj and k_proj, of which rotary embeddings keep neither, is a good choice. No effect
-            under dropout, nor on embeddings and convolutions. It is no part of a saved adapter.
+            q_proj and k_proj, of which rotary embeddings keep neither, is a good choice. Under
+            dropout what is kept is an output of the dropped input, which nobody else keeps. Not
+            for embeddings and convolutions. It is no part of a saved adapter.
         use_lora_fa: freeze A (arXiv 2308.03303), so that no layer keeps its input for backward;
             no part of a saved adapter, which is plain LoRA.
         lora_bias: give lora_B a bias. Not with DoRA; embeddings have none.

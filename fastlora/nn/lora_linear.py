@@ -36,7 +36,7 @@ class LoRALinear(AdaptedLinear):
     ``lora_magnitude_vector.weight`` m [N] starts as that norm; a row of norm zero counts as 1e-12.
     Dropout then reaches the part of the base that g adds, too, as in peft. ``dora_simple`` False
     lets the gradient of A and B flow through the norm, and ``dora_keep_output`` False keeps no
-    output for m's gradient, which backward computes again (no effect under dropout). With
+    output for m's gradient, which backward computes again. With
     ``use_lora_fa`` (2308.03303) A is frozen, and no input is kept for backward. ``lora_bias`` gives
     B a bias [N], added times s.
 

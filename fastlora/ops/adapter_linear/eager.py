@@ -395,17 +395,36 @@ def scaled_backward(
     """
     dx = dweight = dA = dB = dbias = dg = None
     if drop_base:
-        assert read is not None or not need_out_scale
-        factor = scaling * keep_scale(dropout_p)
-        lora_C = lora_B if needs.x or needs.lora_A else None
+        scale = keep_scale(dropout_p)
+        again = need_out_scale and read is None
+        mask: Mask | None = None
+        dropped: Tensor | None = None
+        if needs.x or needs.lora_A or needs.weight or again:
+            assert seed is not None
+            wide = lora_A if x is None else x
+            assert wide is not None
+            mask = draw((dy.shape[0], wide.shape[1]), dropout_p, seed, dy.device)
+        if needs.lora_A or needs.weight or again:
+            assert x is not None and mask is not None
+            dropped = mask(x)
+        if again:
+            assert dropped is not None
+            assert weight is not None and lora_B is not None and t is not None
+            read = linear(dropped, weight, None).mul_(scale)
+            update(read, t, lora_B.t())
         passed = output_pass(
-            dy, lora_C, t if needs.lora_B else None, factor, linear,
-            out_scale=out_scale, read=read if need_out_scale else None, is_y=False,
-        )  # fmt: skip
+            dy,
+            lora_B if needs.x or needs.lora_A else None,
+            t if needs.lora_B else None,
+            scaling * scale,
+            linear,
+            out_scale=out_scale,
+            read=read if need_out_scale else None,
+            is_y=False,
+        )
         dx, dweight, dA = _drop_base_to_input(
-            dy, passed.h, x, weight, lora_A, dropout_p, seed, needs, out_scale, linear, update,
-            draw,
-        )  # fmt: skip
+            dy, passed.h, x, dropped, weight, lora_A, scale, mask, needs, out_scale, linear, update
+        )
         dB, dg = passed.dC, passed.dg
     else:
         passed = scaled_pass(
@@ -476,29 +495,20 @@ def _drop_base_to_input(
     dy: Tensor,
     h: Tensor | None,
     x: Tensor | None,
+    dropped: Tensor | None,
     weight: Tensor | None,
     lora_A: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
+    scale: float,
+    mask: Mask | None,
     needs: Needs,
     out_scale: Tensor,
     linear: Linear,
     update: Update,
-    draw: Draw,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dweight, dA) where dropout reaches the base's scaled part too; h is that of the pass."""
-    dx = dweight = dA = dropped = None
-    mask: Mask | None = None
-    scale = keep_scale(dropout_p)
+    """(dx, dweight, dA) where dropout reaches the base's scaled part too: h is that of the pass,
+    dropped the ``mask`` of x, scale what it is to be multiplied by."""
+    dx = dweight = dA = None
     extra = less_one(out_scale, dy.dtype)  # g − 1
-    if needs.x or needs.lora_A or needs.weight:
-        assert seed is not None
-        wide = lora_A if x is None else x
-        assert wide is not None
-        mask = draw((dy.shape[0], wide.shape[1]), dropout_p, seed, dy.device)
-    if needs.lora_A or needs.weight:
-        assert x is not None and mask is not None
-        dropped = mask(x)
     if needs.lora_A:
         assert h is not None and dropped is not None
         dA = reduce(linear, h, dropped)

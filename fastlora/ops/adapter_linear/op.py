@@ -67,8 +67,8 @@ def adapter_linear(
         keep_output: what the gradient of out_scale is read from. True: y, which the next layer
             mostly keeps anyway. False: y is not kept, and backward computes what out_scale
             multiplied again, at the price of one more base product. Gradients agree to rounding.
-            It has no effect where out_scale needs no gradient, nor where drop_base acts: a
-            product that y does not show is kept then.
+            Where drop_base acts, it is not y but drop(x) Wᵀ + s · … that is kept, or computed
+            again. It has no effect where out_scale needs no gradient.
         backend: 'triton', 'native', 'onednn' or 'eager'; None chooses (see ``fastlora.explain``).
 
     Under ``torch.autocast`` the call computes in autocast's dtype, as ``F.linear`` does.

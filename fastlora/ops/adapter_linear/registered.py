@@ -37,7 +37,8 @@ def compiled(
     if dropout_p > 0.0:
         seed = draw_seed(x.device if name == "triton" else "cpu")
     if scales is not None:
-        keep_z = drop_base and scales.out is not None and scales.out.requires_grad
+        trains = scales.out is not None and scales.out.requires_grad
+        keep_z = drop_base and keep_output and trains
         y, _, _ = scaled_forward_op(
             x,
             weight,
@@ -369,7 +370,8 @@ def _(
 def _save_scaled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *operands, ctx.scaling, ctx.dropout_p, seed, ctx.drop_base, keep_z, keep_y, ctx.backend = inputs
     y, t, z = output
-    ctx.save_for_backward(*operands, t, z if keep_z else y if keep_y else None, seed)
+    read = z if keep_z else y if keep_y and not ctx.drop_base else None
+    ctx.save_for_backward(*operands, t, read, seed)
 
 
 def _scaled_backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:

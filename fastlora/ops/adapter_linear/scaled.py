@@ -47,8 +47,8 @@ class Kept(NamedTuple):
     bias: Tensor | None
     scales: Scales
     t: Tensor | None
-    # what the gradient of out_scale is read from: z under drop_base, else y, or None without
-    # keep_output: then z is computed again
+    # what the gradient of out_scale is read from: z under drop_base, else y; None without
+    # keep_output, for which z is computed again
     read: Tensor | None
     seed: Tensor | None
 
@@ -68,7 +68,7 @@ def what_to_keep(needs: ScaledNeeds, drop_base: bool, keep_output: bool) -> set[
         keep |= {"t", "lora_B", "scales"}
     if needs.out_scale:
         keep |= {"scales"}
-        if drop_base:
+        if drop_base and keep_output:
             keep |= {"read"}
         else:  # for columns that y does not show, or for all of them
             keep |= {"x", "weight", "lora_B", "t"}

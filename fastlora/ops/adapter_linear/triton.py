@@ -971,6 +971,10 @@ def scaled_backward(
         assert lora_B is not None
         scaled_B = eager.times(lora_B, out_scale[:, None])
     with on_device(dy):
+        if drop_base and need_out_scale and read is None:
+            assert x is not None and weight is not None and lora_B is not None and t is not None
+            dropped = _drop(x, total_scale(1.0, level), level, seed)
+            read = up(dropped, weight.t(), t, lora_B.t(), None, "forward")
         own_t = t if needs.lora_B or of_z else None
         if scaled_B is not None or own_t is not None or need_out_scale:
             own_read = read if need_out_scale else None

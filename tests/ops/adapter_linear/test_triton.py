@@ -411,8 +411,9 @@ def check_scaled(
     x, weight, lora_A, lora_B = map(laid_out, inputs[:4], layouts)
     dy = laid_out(dy, layouts[4])
     own_bias = inputs[4] if bias else None
-    whole = need_g and not drop_base
-    reads_y = whole and keep_output
+    whole = need_g and not (drop_base and keep_output)
+    reads_y = need_g and not drop_base and keep_output
+    need_z = need_g and keep_output
     with (
         mock.patch.object(torch, "empty", poisoned_empty),
         mock.patch.object(torch, "empty_like", partial(poisoned_empty, make=torch.empty_like)),
@@ -420,9 +421,9 @@ def check_scaled(
     ):
         y, t, z = backend.scaled_forward(
             x, weight, lora_A, lora_B, SCALING, own_bias, p, seed,
-            out_scale=g, drop_base=drop_base, need_t=needs.lora_B or whole, need_z=need_g,
+            out_scale=g, drop_base=drop_base, need_t=needs.lora_B or whole, need_z=need_z,
         )  # fmt: skip
-        assert (z is not None) == (drop_base and need_g)
+        assert (z is not None) == (drop_base and need_z)
         grads = backend.scaled_backward(
             dy,
             x if needs.lora_A or needs.weight or whole else None,
