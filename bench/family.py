@@ -52,8 +52,7 @@ ALL: dict[str, Method] = {
     "dora_lean": dataclasses.replace(
         METHODS["dora"],
         title="DoRA, q and k recomputed",
-        # rotary embeddings keep neither
-        ours=partial(_dora, keep=["v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+        ours=partial(_dora, keep=["o_proj", "down_proj"]),
     ),
     "dora_recomputed": dataclasses.replace(
         METHODS["dora"], title="DoRA, outputs recomputed", ours=partial(_dora, keep=False)

@@ -65,11 +65,11 @@ class LoRAConfig(AdapterConfig):
             False lets the gradient flow through it. It is no part of a saved adapter.
         dora_keep_output: with DoRA, keep each linear's output for the gradient of its magnitudes.
             False computes it again in backward: less memory for one more base product; a list of
-            module names (as ``target_modules``) does so for all others. What the model keeps anyway
-            (a gated pair, an attention's values) costs nothing to keep, so in a llama all but
-            q_proj and k_proj, of which rotary embeddings keep neither, is a good choice. Under
-            dropout what is kept is an output of the dropped input, which nobody else keeps. Not
-            for embeddings and convolutions. It is no part of a saved adapter.
+            module names (as ``target_modules``) does so for all others: with ["o_proj",
+            "down_proj"] a llama computes q_proj and k_proj again. A gated pair (gate and up) and an
+            attention's values are kept by the model anyway, and so here; but under dropout what is
+            kept is an output of the dropped input, which the model does not keep. Not for
+            embeddings and convolutions. It is no part of a saved adapter.
         use_lora_fa: freeze A (arXiv 2308.03303), so that no layer keeps its input for backward;
             no part of a saved adapter, which is plain LoRA.
         lora_bias: give lora_B a bias. Not with DoRA; embeddings have none.

@@ -102,8 +102,9 @@ def _lora(config: LoRAConfig, name: str, module: nn.Module) -> AdaptedLayer:
     keep = config.dora_keep_output
     if isinstance(keep, list):
         keep = names_module(keep, name)
-    # what the model keeps anyway it would save nothing to compute again
-    keep = keep or is_kept(name)
+    # what the model keeps anyway it would save nothing to compute again; what comes of a dropped
+    # input it does not keep
+    keep = keep or (is_kept(name) and config.lora_dropout == 0.0)
     return LoRALinear.from_linear(module, **options, dora_keep_output=keep)
 
 

@@ -228,12 +228,15 @@ def test_simple_and_full_dora_agree_in_all_but_the_factors():
 
 
 @pytest.mark.parametrize("keep", [True, False, ["down_proj"], ["model.layers.0.self_attn.q_proj"]])
-def test_outputs_are_kept_where_asked_or_where_the_model_does(tiny_llama, tmp_path, keep):
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_outputs_are_kept_where_asked_or_where_the_model_does(tiny_llama, tmp_path, keep, p):
     model, _, _ = make("llama", tiny_llama)
-    fastlora.inject(model, LoRAConfig(r=4, use_dora=True, dora_keep_output=keep))
+    config = LoRAConfig(r=4, use_dora=True, dora_keep_output=keep, lora_dropout=p)
+    fastlora.inject(model.train(), config)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, fastlora.nn.LoRALinear)}
     for name, layer in linears.items():
-        kept = name.endswith(("gate_proj", "up_proj", "v_proj"))
+        # the model keeps y, but under dropout it is not y that is kept
+        kept = p == 0.0 and name.endswith(("gate_proj", "up_proj", "v_proj"))
         asked = any(name.endswith(entry) for entry in keep) if isinstance(keep, list) else keep
         assert layer.operands(dropout=False).keep_output == (asked or kept), name
     x = torch.randn(30, 48, requires_grad=True)
