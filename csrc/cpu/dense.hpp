@@ -109,7 +109,7 @@ public:
 private:
     static constexpr int AT_ONCE = 4;  // vectors whose latencies hide each other
 
-    // Twice what is ever needed, or more: QL takes under two sweeps an eigenvalue.
+    // QL takes about two sweeps an eigenvalue; where it wants more than this, `values` is false.
     std::int64_t most_turns() const { return 4 * std::int64_t{n_} * n_; }
     std::int64_t most_sweeps() const { return 8 * std::int64_t{n_}; }
 
