@@ -99,12 +99,12 @@ inline std::uint16_t compare(const std::uint16_t* draws, std::uint32_t threshold
 // A row's words.
 void draw_row(std::uint64_t first, const Dropout& call, std::uint16_t* bits) {
     static_assert(PIECE % WORD == 0);
-    alignas(64) std::uint16_t draws[PIECE] = {};
-    for (std::int64_t from = 0; from < call.columns; from += PIECE) {
-        draw(first + static_cast<std::uint64_t>(from / GROUP), call.seed, draws);
-        const int words = least(words_of(call.columns - from), PIECE / WORD);
-        for (int word = 0; word < words; ++word) {
-            bits[from / WORD + word] = compare(draws + word * WORD, call.threshold);
+    const std::int64_t words = words_of(call.columns);
+    for (std::int64_t from = 0; from < words; from += PIECE / WORD) {
+        alignas(64) std::uint16_t draws[PIECE];
+        draw(first + static_cast<std::uint64_t>(from * WORD / GROUP), call.seed, draws);
+        for (int word = 0; word < PIECE / WORD && from + word < words; ++word) {
+            bits[from + word] = compare(draws + word * WORD, call.threshold);
         }
     }
 }

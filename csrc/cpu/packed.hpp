@@ -51,10 +51,11 @@ inline void transpose(const float* from, std::int64_t from_stride, std::int64_t 
             std::memcpy(&b, row + from_stride + k, sizeof b);
             std::memcpy(&c, row + 2 * from_stride + k, sizeof c);
             std::memcpy(&d, row + 3 * from_stride + k, sizeof d);
-            const Four rows[4] = {merge<0, 1, 4, 5>(merge<0, 4, 1, 5>(a, b), merge<0, 4, 1, 5>(c, d)),
-                                  merge<2, 3, 6, 7>(merge<0, 4, 1, 5>(a, b), merge<0, 4, 1, 5>(c, d)),
-                                  merge<0, 1, 4, 5>(merge<2, 6, 3, 7>(a, b), merge<2, 6, 3, 7>(c, d)),
-                                  merge<2, 3, 6, 7>(merge<2, 6, 3, 7>(a, b), merge<2, 6, 3, 7>(c, d))};
+            const Four left = merge<0, 4, 1, 5>(a, b), more_left = merge<0, 4, 1, 5>(c, d);
+            const Four right = merge<2, 6, 3, 7>(a, b), more_right = merge<2, 6, 3, 7>(c, d);
+            const Four rows[4] = {
+                merge<0, 1, 4, 5>(left, more_left), merge<2, 3, 6, 7>(left, more_left),
+                merge<0, 1, 4, 5>(right, more_right), merge<2, 3, 6, 7>(right, more_right)};
             for (int lane = 0; lane < 4; ++lane) {
                 std::memcpy(to + (k + lane) * to_stride + i, &rows[lane], sizeof rows[lane]);
             }

@@ -178,8 +178,8 @@ def _optimizer(model: Any, recipe: Recipe, by_peft: bool = False) -> torch.optim
 
 
 def train(contestants: list[Contestant], batches: list[Tensor], device: torch.device) -> None:
-    """Train all on the same batches, step by step in turn, each turn in another order: what comes
-    after a contestant that leaves much memory to be used again is the slower for it."""
+    """Train all on the same batches, step by step in turn, each turn in another order, so that none
+    always finds the memory as one other leaves it."""
     from tqdm import tqdm
 
     keep_freed_pages()

@@ -32,7 +32,7 @@ def draw_seed(device: torch.device) -> Tensor:
     return eager.draw_seed(device).view(1)
 
 
-class Kept:
+class BitMask:
     """The mask of ``dropout.philox_keep`` [M, K], drawn when it is first used and from then on held
     as a bit an element. ``isa``: one of the core's instruction sets, for tests."""
 
@@ -66,7 +66,7 @@ class Kept:
         self._drawn = True
 
 
-draw = Kept
+draw = BitMask
 
 
 def update(
@@ -79,13 +79,13 @@ def update(
     isa: str = "",
 ) -> None:
     """See ``eager.Update``. ``isa``: one of the core's instruction sets, for tests."""
-    drawn = isinstance(keep, Kept)
-    if a.shape[1] > _NARROW or out.stride(1) != 1 or (keep is not None and not drawn):
+    narrow = a.shape[1] <= _NARROW and out.stride(1) == 1
+    if not narrow or not (keep is None or isinstance(keep, BitMask)):
         return eager.add_product(out, a, b, scale, bias, keep)
     a = with_rows(a)
     scale = None if scale is None else scale.contiguous()
     bias = None if bias is None else bias.contiguous()
-    bits = keep.bits() if isinstance(keep, Kept) else None
+    bits = None if keep is None else keep.bits()
     _core.low_rank_update(
         out.data_ptr(), *out.shape, out.stride(0), a.data_ptr(), a.stride(0), a.shape[1],
         b.data_ptr(), *b.stride(), address(scale), address(bias), address(bits),

@@ -13,7 +13,8 @@ FLOOR = 1e-12
 # cancellation: it is computed anew, element by element in float64 (README, "Cancellation").
 CANCELLATION = 1 / 16
 
-# Each module has ``forward`` and ``backward`` with the signatures of eager.py.
+# Each module has ``forward`` and ``backward`` with the signatures of eager.py; native.py, which
+# sees by itself what has changed since a layer's last call, ``remembered`` besides.
 BACKENDS = backend.usual("fastlora.ops.weight_norm", onednn_dtypes=backend.FLOATS)
 
 

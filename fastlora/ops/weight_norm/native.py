@@ -1,7 +1,6 @@
 """The norms in one native call: one pass over W gives W Aᵀ and, the first time, ‖W‖².
 
-With a cache, the same call sees whether anything has changed: where a layer is small, each of
-PyTorch's calls costs as much as a tenth of the pass.
+With a cache, the same call sees whether anything has changed.
 """
 
 from __future__ import annotations
