@@ -64,12 +64,12 @@ std::int64_t row_norm(Address weight, std::int64_t row, std::int64_t column, std
     return kernel(call, threads);
 }
 
-std::int64_t remembered_norm(fastlora::NormMemory& memory, Address weight, std::int64_t row,
-                             std::int64_t column, std::int64_t n, std::int64_t k, std::int64_t r,
-                             Address lora_A, std::int64_t a_stride, Address lora_B,
-                             std::int64_t b_stride, double scaling, double cancellation,
-                             double floor, Address norm_at, std::int64_t version,
-                             const py::object& norm, int threads, const std::string& isa) {
+py::object remembered_norm(fastlora::NormMemory& memory, Address weight, std::int64_t row,
+                           std::int64_t column, std::int64_t n, std::int64_t k, std::int64_t r,
+                           Address lora_A, std::int64_t a_stride, Address lora_B,
+                           std::int64_t b_stride, double scaling, double cancellation, double floor,
+                           Address norm_at, std::int64_t version, const py::object& norm,
+                           int threads, const std::string& isa) {
     const auto call = row_norm_call(weight, row, column, n, k, r, lora_A, a_stride, lora_B, b_stride,
                                     scaling, cancellation, floor, norm_at);
     return memory.update(call, version, norm, threads, isa);
@@ -180,14 +180,10 @@ PYBIND11_MODULE(_C, module) {
         .def("read", &fastlora::SignMomentumTable::read)
         .def("__len__", &fastlora::SignMomentumTable::size)
         .def("run", &fastlora::SignMomentumTable::run);
-    py::class_<fastlora::NormMemory> memory(module, "NormMemory");
-    memory.def(py::init())
+    py::class_<fastlora::NormMemory>(module, "NormMemory")
+        .def(py::init())
         .def("update", &remembered_norm)
-        .def("lost", &fastlora::NormMemory::lost)
         .def("keep", &fastlora::NormMemory::keep)
-        .def("forget", &fastlora::NormMemory::forget)
-        .def_property_readonly("norm", &fastlora::NormMemory::norm);
-    memory.attr("UNCHANGED") = +fastlora::NormMemory::UNCHANGED;
-    memory.attr("BUSY") = +fastlora::NormMemory::BUSY;
+        .def("forget", &fastlora::NormMemory::forget);
     module.def("same", &same, "Whether as many bytes at two addresses are equal");
 }

@@ -3,11 +3,11 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <cstring>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "cpu/isa.hpp"
@@ -17,17 +17,17 @@ namespace fastlora {
 
 class NormMemory {
 public:
-    static constexpr std::int64_t UNCHANGED = -1, BUSY = -2;
-
-    // The norms of `call`, whose lora_A and lora_B have contiguous rows, into `norm`, whose elements
-    // are at call.norm; returns how many are lost. UNCHANGED and nothing written if all is as it was
-    // when norms were last kept; BUSY if another thread is at it. `version` counts recorded writes to
-    // the weight. If none is lost, this keeps them.
-    std::int64_t update(RowNorm call, std::int64_t version, const pybind11::object& norm,
-                        int threads, const std::string& isa) {
-        if (busy_) return BUSY;
+    // (norms, how many recorded writes they have had, which are lost): those of `call`, computed into
+    // `norm`, whose elements are at call.norm; or those kept, if all is as it was when they were. None
+    // if another thread is computing. All in one answer, for between two calls threads may change.
+    // lora_A and lora_B have contiguous rows; `version` counts recorded writes to the weight. Norms
+    // of which none is lost are kept.
+    pybind11::object update(RowNorm call, std::int64_t version, const pybind11::object& norm,
+                            int threads, const std::string& isa) {
+        if (busy_) return pybind11::none();
         const bool same_weight = knows(call, version);
-        if (same_weight && norm_ && holds(call)) return UNCHANGED;
+        if (same_weight && norm_ && holds(call)) return answer(norm_, version_, {});
+        const Claim claim(busy_);  // to let go of a tensor may let another thread run
         forget();
         if (!same_weight) {
             weight_ = {call.weight, version, call.row, call.column, call.n, call.k};
@@ -42,26 +42,16 @@ public:
         call.weight_sq = weight_sq_.data();
         call.lost = lost_.data();
         const auto kernel = FASTLORA_PICK(find_isa(isa), row_norm);
-        std::int64_t lost;
+        if (!same_weight) weight_.values = nullptr;  // until its squares are there
+        std::int64_t count;
         {
-            const Claim claim(busy_);
-            if (!same_weight) weight_.values = nullptr;  // until its squares are there
             pybind11::gil_scoped_release released;
-            lost = kernel(call, threads);
+            count = kernel(call, threads);
         }
         weight_.values = call.weight;
         latest_ = norm;
-        if (!lost) keep(norm, 0);
-        return lost;
-    }
-
-    // The rows that the last update could not compute.
-    std::vector<std::int64_t> lost() const {
-        std::vector<std::int64_t> rows;
-        for (std::size_t j = 0; j < lost_.size(); ++j) {
-            if (lost_[j]) rows.push_back(static_cast<std::int64_t>(j));
-        }
-        return rows;
+        if (!count) keep(norm, 0);
+        return answer(norm, 0, count ? lost() : std::vector<std::int64_t>());
     }
 
     // Keeps the norms that an update was given and its caller has completed, in which so many writes
@@ -74,11 +64,6 @@ public:
 
     void forget() { norm_ = latest_ = pybind11::object(); }
 
-    // What is kept, and how many writes were recorded in it.
-    std::pair<pybind11::object, std::int64_t> norm() const {
-        return {norm_ ? norm_ : pybind11::none(), version_};
-    }
-
 private:
     static constexpr int PROBES = 64;
 
@@ -87,7 +72,7 @@ private:
         std::int64_t version, row, column, n, k;
     };
 
-    // Marks a memory that is being written while others may run.
+    // Marks a memory that is being written, while other threads may run.
     class Claim {
     public:
         explicit Claim(bool& busy) : busy_(busy) { busy_ = true; }
@@ -96,6 +81,20 @@ private:
     private:
         bool& busy_;
     };
+
+    static pybind11::object answer(const pybind11::object& norm, std::int64_t version,
+                                   const std::vector<std::int64_t>& lost) {
+        return pybind11::make_tuple(norm, version, lost);
+    }
+
+    // The rows that the last update could not compute.
+    std::vector<std::int64_t> lost() const {
+        std::vector<std::int64_t> rows;
+        for (std::size_t j = 0; j < lost_.size(); ++j) {
+            if (lost_[j]) rows.push_back(static_cast<std::int64_t>(j));
+        }
+        return rows;
+    }
 
     bool knows(const RowNorm& call, std::int64_t version) const {
         return weight_.values && weight_.values == call.weight && weight_.version == version &&

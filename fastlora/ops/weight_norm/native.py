@@ -71,22 +71,20 @@ def remembered(
     memory = cache.memory(weight, _core.NormMemory)
     while True:
         norm = weight.new_empty(n)
-        count = memory.update(
+        found = memory.update(
             weight.data_ptr(), row, column, n, k, lora_A.shape[0],
             lora_A.data_ptr(), a_row, lora_B.data_ptr(), b_row,
             scaling, CANCELLATION, FLOOR, norm.data_ptr(), weight._version, norm,
             torch.get_num_threads(), isa,
         )  # fmt: skip
-        if count == 0:
-            return norm
-        if count == memory.BUSY:
+        if found is None:  # another thread is computing
             return None
-        if count > 0:
-            lost = torch.tensor(memory.lost(), device="cpu")
-            eager.recompute(norm, lost, weight.detach(), lora_A.detach(), lora_B.detach(), scaling)
+        norm, version, lost = found
+        if lost:
+            rows = torch.tensor(lost, device="cpu")
+            eager.recompute(norm, rows, weight.detach(), lora_A.detach(), lora_B.detach(), scaling)
             memory.keep(norm, norm._version)
             return norm
-        kept, version = memory.norm
-        if kept._version == version:
-            return kept
+        if norm._version == version:
+            return norm
         memory.forget()  # somebody has written into it
