@@ -1,7 +1,7 @@
 """Compiles every kernel in every tile for every architecture, with no GPU in the machine.
 
     python -m bench.compile_matrix [--arch 90 ...] [--dtype bfloat16 ...] [--kernel main ...]
-                                   [--reduced] [--json FILE]
+                                   [--reduced] [--workers 2] [--json FILE]
 
 A row is one Triton kernel in one candidate tile, dtype and variant on one architecture: registers,
 bytes spilled, shared memory against what a block may have, tensor-core instructions, code size. The
@@ -9,19 +9,26 @@ kernels of csrc/cuda come with them ("cuda" among the kernels) where there is an
 does not know an architecture, that is said. The exit status is 1 if anything does not compile,
 spills, does not fit, or multiplies half-precision matrices without tensor cores. ``--reduced``
 keeps one row per Triton kernel and architecture.
+
+``--json`` writes the rows to a file as they come. Rows of that file made from the same source by
+the same compiler are taken from it: the whole matrix takes hours, and goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +43,8 @@ ARCHS = (80, 86, 89, 90, 100, 120)
 DTYPES = ("bfloat16", "float16", "float32", "tfloat32")
 CUDA = "cuda"  # csrc's kernels, among the names of Triton's
 _TRITON_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tfloat32": "fp32"}
+FORMAT = "fastlora.bench.compile_matrix/1"
+_SECONDS_BETWEEN_WRITES = 60.0
 _FLOATS = ("scale", "scaling", "scaling_low")  # arguments that are no integers
 
 
@@ -47,6 +56,12 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
                 continue
             for dtype in args.dtype:
                 yield from PROVIDERS[kernel].cases(kernel, dtype, arch, args.reduced)
+
+
+def everything() -> list[Case | cuda.Source]:
+    """The whole matrix, and csrc's kernels where there is an nvcc."""
+    args = argparse.Namespace(arch=ARCHS, kernel=PROVIDERS, dtype=DTYPES, reduced=False)
+    return [*cases(args), *cuda_cases(ARCHS)[0]]
 
 
 def specialise(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], dict[Any, Any]]:
@@ -116,30 +131,101 @@ def compile_case(case: Case) -> Row:
     return row
 
 
-def cuda_jobs(archs: tuple[int, ...]) -> tuple[list[Callable[[], list[Row]]], list[str]]:
-    """(what compiles csrc's kernels, what is left out and why)."""
+def cuda_cases(archs: tuple[int, ...]) -> tuple[list[cuda.Source], list[str]]:
+    """(csrc's files and the architectures to compile them for, what is left out and why)."""
     compiler = cuda.nvcc()
     if compiler is None:
         return [], ["there is no nvcc: csrc/cuda is left out"]
     known = cuda.architectures(compiler)
-    jobs = [
-        partial(cuda.compile_source, compiler, source, arch)
+    return [
+        cuda.Source(compiler, path, arch)
         for arch in archs
-        for source in cuda.sources()
+        for path in cuda.sources()
         if arch in known
-    ]
-    return jobs, [
+    ], [
         f"this nvcc does not compile for sm_{arch}: csrc/cuda is left out there"
         for arch in archs
         if arch not in known
     ]
 
 
+def compile_any(todo: Case | cuda.Source) -> list[Row]:
+    """The rows of one thing to compile, in whichever process."""
+    # under the interpreter the kernels are no longer compilable; triton reads this when imported
+    os.environ.pop("TRITON_INTERPRET", None)
+    if isinstance(todo, Case):
+        return [compile_case(todo)]
+    return cuda.compile_source(todo.compiler, todo.path, todo.arch)
+
+
+@contextmanager
+def compilers(workers: int) -> Iterator[Callable[[Case | cuda.Source], Callable[[], list[Row]]]]:
+    """What starts a compilation and gives what waits for its rows."""
+    if workers == 1:
+        yield lambda todo: partial(compile_any, todo)
+        return
+    # fork would copy torch's threads half-way
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        try:
+            yield lambda todo: pool.submit(compile_any, todo).result
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@cache
+def _sources() -> dict[tuple[str, str], str]:
+    """Triton's key of each kernel's source with all it calls. Where functions call each other it
+    depends on which was asked first, so all are, in one order."""
+    import triton
+
+    asked = dict.fromkeys((c.module, c.function) for c in everything() if isinstance(c, Case))
+    return {
+        (module, name): f"{triton.__version__} "
+        + getattr(importlib.import_module(module), name).cache_key
+        for module, name in asked
+    }
+
+
+def key(todo: Case | cuda.Source) -> str:
+    """What the rows depend on: a kernel's source with all it calls, the compiler, the case."""
+    if isinstance(todo, Case):
+        made_of = f"{_sources()[todo.module, todo.function]} {todo}"
+    else:
+        made_of = todo.text()
+    return hashlib.sha256(made_of.encode()).hexdigest()[:16]
+
+
 # --------------------------------------------------------------------------------------- output
 
 
-def _as_rows(case: Case) -> list[Row]:
-    return [compile_case(case)]
+class File:
+    """Rows by the key of what they were compiled from, on disk."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.rows: dict[str, list[Row]] = {}
+        if path is None or not path.exists():
+            return
+        try:
+            found = json.loads(path.read_text())
+        except json.JSONDecodeError:
+            found = None
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise ValueError(f"{path} is no file of this command ({FORMAT})")
+        for entry in found["rows"]:
+            self.rows.setdefault(entry.pop("key"), []).append(Row(**entry))
+
+    def write(self, keys: Iterable[str]) -> None:
+        """The rows of ``keys`` that there are, one a line; the old file stays until the new is."""
+        if self.path is None:
+            return
+        lines = [
+            json.dumps({"key": key} | asdict(row)) for key in keys for row in self.rows.get(key, [])
+        ]
+        text = f'{{"format": "{FORMAT}", "rows": [\n' + ",\n".join(lines) + "\n]}\n"
+        new = self.path.with_suffix(".new")
+        new.write_text(text)
+        new.replace(self.path)
 
 
 _HEAD = (
@@ -171,11 +257,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
     parser.add_argument("--kernel", nargs="+", default=[*PROVIDERS, CUDA])
     parser.add_argument("--reduced", action="store_true", help="bf16, the largest tile only")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path, help="write the rows there too, and go on from it"
+    )
     args = parser.parse_args(argv)
+    if args.workers < 1:
+        parser.error("--workers must be at least 1")
     try:
         args.kernel = [names.check("kernel", name, (*PROVIDERS, CUDA)) for name in args.kernel]
-    except names.UnknownName as error:
+        args.file = File(args.json)
+    except ValueError as error:
         parser.error(str(error))
     if args.dtype is None:
         args.dtype = ("bfloat16",) if args.reduced else DTYPES
@@ -185,23 +279,39 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Compiles, prints the table, returns the exit status."""
     args = parse(argv)
-    # under the interpreter the kernels are no longer compilable; triton reads this when imported
     os.environ.pop("TRITON_INTERPRET", None)
-    started = time.perf_counter()
-    todo: list[Callable[[], list[Row]]] = [partial(_as_rows, case) for case in cases(args)]
+    started = written = time.perf_counter()
+    todo: list[Case | cuda.Source] = list(cases(args))
     left_out: list[str] = []
     if CUDA in args.kernel:
-        jobs, left_out = cuda_jobs(args.arch)
-        todo += jobs
+        more, left_out = cuda_cases(args.arch)
+        todo += more
+    keys = [key(one) for one in todo]
+    file: File = args.file
+    # what the file has of other kernels stays there; what no row of today was made from goes
+    wanted = dict.fromkeys([*map(key, everything()), *keys])
+    taken = sum(len(file.rows.get(one, [])) for one in keys)
     rows: list[Row] = []
     print(_HEAD, flush=True)
-    for number, job in enumerate(todo, start=1):
-        for row in job():
-            rows.append(row)
-            print(_line(row), flush=True)
-        elapsed = time.perf_counter() - started
-        note = f"{number}/{len(todo)} compiled, {elapsed:.0f} s, sm_{row.arch} {row.kernel}"
-        print(f"\r{note:<60}", end="", file=sys.stderr, flush=True)
+    with compilers(args.workers) as submit:
+        coming = [
+            None if k in file.rows else submit(one) for k, one in zip(keys, todo, strict=True)
+        ]
+        try:
+            for number, (one, made) in enumerate(zip(keys, coming, strict=True), start=1):
+                if made is not None:
+                    file.rows[one] = made()
+                rows += file.rows[one]
+                for row in file.rows[one]:
+                    print(_line(row), flush=True)
+                now = time.perf_counter()
+                note = f"{number}/{len(todo)} compiled, {now - started:.0f} s"
+                print(f"\r{note:<60}", end="", file=sys.stderr, flush=True)
+                if now - written > _SECONDS_BETWEEN_WRITES:
+                    file.write(wanted)
+                    written = now
+        finally:
+            file.write(wanted)
     print(file=sys.stderr)
     for reason in left_out:
         print(reason)
@@ -210,10 +320,10 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{len(rows)} rows, {len(bad)} with problems, "
         f"{sum(bool(row.spilled) for row in rows)} spill, "
-        f"{sum(row.shared > row.limit for row in rows)} do not fit; {seconds:.0f} s"
+        f"{sum(row.shared > row.limit for row in rows)} do not fit; "
+        + (f"{taken} taken from the file; " if taken else "")
+        + f"{seconds:.0f} s"
     )
-    if args.json:
-        Path(args.json).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     return 1 if bad or not rows else 0
 
 

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import tempfile
 import time
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from bench.compile_cases.binary import functions
@@ -26,6 +28,26 @@ def nvcc() -> str | None:
     named = os.environ.get("CUDACXX") or shutil.which("nvcc")
     usual = Path("/usr/local/cuda/bin/nvcc")
     return named or (str(usual) if usual.exists() else None)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, to be compiled for one architecture."""
+
+    compiler: str
+    path: Path
+    arch: int
+
+    def text(self) -> str:
+        """All that its rows depend on, without a path of this machine."""
+        files = [self.path, *sorted(CSRC.parent.glob("*.hpp")), *sorted(CSRC.glob("*.hpp"))]
+        made_of = "".join(path.name + path.read_text() for path in files)
+        return f"{_version(self.compiler)} sm_{self.arch} {made_of}"
+
+
+@cache
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
 
 
 def sources(folder: Path = CSRC) -> list[Path]:

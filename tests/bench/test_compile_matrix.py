@@ -47,7 +47,7 @@ def test_every_kernel_compiles_for_every_architecture(tmp_path):
     file = tmp_path / "rows.json"
     done = run("--reduced", "--json", str(file))
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    everything = json.loads(file.read_text())
+    everything = json.loads(file.read_text())["rows"]
     rows = [row for row in everything if row["tile"]]
     compiled = {(row["kernel"], row["arch"]) for row in rows}
     kernels = (*adapter_linear.KERNELS, *weight_norm.KERNELS, *SIGN_MOMENTUM)
@@ -191,4 +191,48 @@ def test_without_nvcc_that_is_said(monkeypatch):
     from bench import compile_matrix
 
     monkeypatch.setattr(cuda, "nvcc", lambda: None)
-    assert compile_matrix.cuda_jobs((90,)) == ([], ["there is no nvcc: csrc/cuda is left out"])
+    assert compile_matrix.cuda_cases((90,)) == ([], ["there is no nvcc: csrc/cuda is left out"])
+
+
+# -------------------------------------------------------------------------------------- its file
+
+
+def test_a_file_is_gone_on_from(tmp_path):
+    """Rows of the same source are taken from it, those of another are compiled again, and what
+    this run was not asked for stays."""
+    file = tmp_path / "rows.json"
+
+    def compiled(*kernels):
+        asked = ["--kernel", *kernels, "--arch", "90", "--dtype", "float16", "--workers", "1"]
+        done = run(*asked, "--json", str(file))
+        rows = json.loads(file.read_text())["rows"]
+        return done.returncode, done.stdout.splitlines()[-1], rows
+
+    failed, said, first = compiled("sum")
+    assert not failed and "taken" not in said and len(first) == 3
+    failed, said, both = compiled("sum", "drop")
+    assert not failed and "6 rows, " in said and "; 3 taken from the file" in said
+    assert [row for row in both if row["kernel"] == "sum"] == first
+
+    # one row of drop's was made from other source; one of sum's has a problem
+    both[[row["kernel"] for row in both].index("drop")]["key"] = "0" * 16
+    both[[row["kernel"] for row in both].index("sum")]["problems"] = ["spills 8 bytes"]
+    content = {"format": "fastlora.bench.compile_matrix/1", "rows": both}
+    file.write_text(json.dumps(content))
+    failed, said, rows = compiled("sum")
+    assert failed and "3 rows, 1 with problems" in said and "; 3 taken from the file" in said
+    assert len(rows) == 5, "what no source of today gives goes, drop's others stay"
+
+
+@pytest.mark.parametrize("content", ["[]", '{"format": "another", "rows": []}', "no json"])
+def test_another_file_is_refused(tmp_path, content):
+    file = tmp_path / "rows.json"
+    file.write_text(content)
+    done = run("--kernel", "sum", "--json", str(file))
+    assert done.returncode == 2 and "fastlora.bench.compile_matrix/1" in done.stderr
+    assert file.read_text() == content
+
+
+def test_workers_must_be_positive():
+    done = run("--workers", "0")
+    assert done.returncode == 2 and "--workers must be at least 1" in done.stderr
