@@ -150,7 +150,8 @@ _HALF = {
     "bwd_da": {
         ("small", 16): Tile(BLOCK_M=16, BLOCK_K=256, BLOCK_R=16),
         ("small", _ANY): Tile(BLOCK_M=16, BLOCK_K=128, BLOCK_R=64),
-        ("any", 16): Tile(BLOCK_M=64, BLOCK_K=128, BLOCK_R=16),
+        # narrow: rows are cut into chunks, each with its partial dA, until programs fill the card
+        ("any", 16): Tile(BLOCK_M=128, BLOCK_K=64, BLOCK_R=16),
         ("any", _ANY): Tile(BLOCK_M=64, BLOCK_K=128, BLOCK_R=64, num_warps=8),
         ("irregular", _ANY): Tile(BLOCK_M=32, BLOCK_K=64, BLOCK_R=32),
     },
