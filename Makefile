@@ -29,7 +29,7 @@ bench: $(VENV)/.ready
 	$(RUN) -m bench.throughput
 
 compile-matrix: $(VENV)/.ready
-	$(RUN) -m bench.compile_matrix
+	$(RUN) -m bench.compile_matrix --json bench/results/modelled/compile_matrix.json
 
 traffic: $(VENV)/.ready
 	$(RUN) -m bench.traffic

@@ -92,8 +92,9 @@ void along_packed(const float* x, std::int64_t columns, const float* v, int widt
             for (int k = 0; k < length; ++k, left += TALL, right += width) {
                 Floats own[VECTORS];
                 for (int r = 0; r < VECTORS; ++r) own[r] = load(left + r * LANES);
-#pragma GCC unroll 32
+#pragma GCC unroll 32  // both loops, or the sums go through memory
                 for (int c = 0; c < SOME; ++c) {
+#pragma GCC unroll 8
                     for (int r = 0; r < VECTORS; ++r) acc[c][r] += right[c] * own[r];
                 }
             }
@@ -134,8 +135,9 @@ void packed_tile(const Panels& x, const float* y, int width, float* z, bool firs
         for (int i = 0; i < TALL; ++i, y += width) {
             Vector right[VECTORS];
             for (int v = 0; v < VECTORS; ++v) std::memcpy(&right[v], y + v * SIZE, sizeof(Vector));
-#pragma GCC unroll 32  // or the sums go through memory
+#pragma GCC unroll 32
             for (int c = 0; c < COUNT; ++c) {
+#pragma GCC unroll 8
                 for (int v = 0; v < VECTORS; ++v) acc[c][v] += own[c * TALL + i] * right[v];
             }
         }
