@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -31,7 +31,8 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def find_groups(layers: Mapping[str, Layer]) -> list[dict[str, Layer]]:
-    """Those of these layers (by path) that stand in one family: {path: layer}, two or more each."""
+    """Those of these layers (by path) that stand in one family, and take inputs of one width:
+    {path: layer}, two or more each."""
     by_parent: dict[str, dict[str, str]] = {}
     for path in layers:
         parent, _, name = path.rpartition(".")
@@ -39,9 +40,13 @@ def find_groups(layers: Mapping[str, Layer]) -> list[dict[str, Layer]]:
     groups = []
     for names in by_parent.values():
         for family in FAMILIES:
-            paths = [names[name] for name in family if name in names]
-            if len({id(layers[path]) for path in paths}) == len(paths) > 1:
-                groups.append({path: layers[path] for path in paths})
+            by_width: dict[Any, dict[str, Layer]] = {}
+            for path in (names[name] for name in family if name in names):
+                width = getattr(layers[path], "in_features", None)
+                by_width.setdefault(width, {})[path] = layers[path]
+            for group in by_width.values():
+                if len({id(layer) for layer in group.values()}) == len(group) > 1:
+                    groups.append(group)
     return groups
 
 

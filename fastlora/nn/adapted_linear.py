@@ -63,6 +63,14 @@ class AdaptedLinear(AdaptedLayer):
             return None
         return self.operands(self.training)
 
+    def settings(self) -> tuple[Any, ...]:
+        """See ``nn.group.Joining``."""
+        # resize gives parameters other memory
+        tensors = [(id(t), t.data_ptr(), t.requires_grad) for t in self.tensors().values()]
+        dropout = getattr(self, "lora_dropout", 0.0), getattr(self, "vera_dropout", 0.0)
+        numbers = getattr(self, "scaling", 1.0), *dropout
+        return self.training, self.merged, self.enabled, id(self.weight), numbers, tensors
+
     def plain(self) -> nn.Linear:
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
         linear.register_parameter("weight", self.weight)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastlora.nn.recomputed import without_keeping
 from fastlora.ops.adapter_group import Member, adapter_group
+from fastlora.ops.adapter_linear.entry import is_transformed
 
 # A layer is no longer computed with another after so many inputs in a row that it then did not
 # read. One may be an accident: an exception, or a checkpoint that recomputes no more than it must.
@@ -30,22 +31,28 @@ class Joining(Protocol):
     def member(self, x: Tensor) -> Member | None:
         """What it brings to ``adapter_group`` for this input; None if it runs by itself now."""
 
+    def settings(self) -> Any:
+        """What ``member`` depends on beside tensors' contents; equal where that is as it was."""
+
 
 class _Pending(NamedTuple):
     """Results not yet taken: for which input, and when which layer was called; and by slot the
-    operands, what state they were in, and the result."""
+    operands, what state they and their layer were in, and the result."""
 
     x: Tensor
     leader: int
     tensors: dict[int, list[Tensor]]
     states: dict[int, Any]
+    settings: dict[int, Any]
     ready: dict[int, Tensor]
 
-    def holds(self, x: Tensor, slot: int) -> bool:
+    def holds(self, layer: Joining, x: Tensor, slot: int) -> bool:
         """Whether a layer's result for x is there, and nothing it depends on has changed since."""
         if x is not self.x or slot not in self.ready:
             return False
         if self.states[slot] != _state(self.tensors[slot]):
+            return False
+        if self.settings[slot] != layer.settings():
             return False
         # backward through one layer's result frees what the others' would read
         node = self.ready[slot].grad_fn
@@ -85,8 +92,7 @@ class InputGroup:
 
     def join(self, layer: Joining, slot: int) -> bool:
         """Take a slot that is free; whether it is this layer's then."""
-        known = self._layers[slot]
-        there = None if known is None else known()
+        there = self._layer(slot)
         if there is None:
             self._layers[slot] = weakref.ref(layer)
             return True
@@ -97,10 +103,10 @@ class InputGroup:
 
     def result(self, layer: Joining, slot: int, x: Tensor) -> Tensor | None:
         """The layer's output for x; None where it is to be computed by itself."""
-        if torch.compiler.is_compiling() or not self.join(layer, slot):
+        if torch.compiler.is_compiling() or is_transformed(x) or not self.join(layer, slot):
             return None
         pending = self._pending
-        if pending is not None and pending.holds(x, slot):
+        if pending is not None and pending.holds(layer, x, slot):
             y = pending.ready.pop(slot, None)  # None: another thread has just taken it
             self._misses.pop((pending.leader, slot), None)
             if not pending.ready:
@@ -115,25 +121,34 @@ class InputGroup:
         others = self._others(slot, x, own)
         if not others:
             return None
-        if x.grad_fn is None:
-            results = adapter_group(x, [own, *others.values()])
-        else:
-            with without_keeping(x) as same:
-                results = adapter_group(same, [own, *others.values()])
+        members = [own, *(member for _, member in others.values())]
+        try:
+            if x.grad_fn is None:
+                results = adapter_group(x, members)
+            else:
+                with without_keeping(x) as same:
+                    results = adapter_group(same, members)
+        except (TypeError, ValueError):  # one does not fit: its own call will say so
+            return None
         self._wait_for(results)
         tensors = {
             other: [x, *(operand for operand in member if isinstance(operand, Tensor))]
-            for other, member in others.items()
+            for other, (_, member) in others.items()
         }
         states = {other: _state(those) for other, those in tensors.items()}
+        settings = {other: layer.settings() for other, (layer, _) in others.items()}
         ready = dict(zip(others, results[1:], strict=True))
-        self._pending = _Pending(x, slot, tensors, states, ready)
+        self._pending = _Pending(x, slot, tensors, states, settings, ready)
         return results[0]
 
-    def _others(self, slot: int, x: Tensor, own: Member) -> dict[int, Member]:
+    def _layer(self, slot: int) -> Any:
+        known = self._layers[slot]
+        return None if known is None else known()
+
+    def _others(self, slot: int, x: Tensor, own: Member) -> dict[int, tuple[Any, Member]]:
         found = {}
-        for other, known in enumerate(self._layers):
-            layer = None if known is None else known()
+        for other in range(len(self._layers)):
+            layer = self._layer(other)
             if other == slot or layer is None or (slot, other) in self._left:
                 continue
             member = layer.member(x)
@@ -141,8 +156,9 @@ class InputGroup:
                 member is not None
                 and member.weight.dtype == own.weight.dtype
                 and member.weight.device == own.weight.device
+                and member.weight.shape[1] == own.weight.shape[1]
             ):
-                found[other] = member
+                found[other] = layer, member
         return found
 
     def _settle(self) -> None:
@@ -190,11 +206,13 @@ def _waits(node: Any) -> bool:
 
 
 def _state(tensors: list[Tensor]) -> Any:
-    """What a result depends on beside its tensors' identity: writes since, no_grad, autocast."""
+    """What a result depends on beside its tensors' identity: writes since, no_grad, autocast,
+    which of them are trained."""
     kind = tensors[0].device.type
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
     try:
         versions = [tensor._version for tensor in tensors]
     except RuntimeError:  # inference tensors have none
         versions = [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, versions
+    trained = [tensor.requires_grad for tensor in tensors]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, versions, trained

@@ -116,13 +116,16 @@ class LoRAEmbedding(AdaptedLayer):
         return lora_summary(self)
 
     def plain(self) -> nn.Embedding:
-        return nn.Embedding(
+        embedding = nn.Embedding(
             self.num_embeddings,
             self.embedding_dim,
             self.padding_idx,
             scale_grad_by_freq=self.scale_grad_by_freq,
-            _weight=self.weight,
-        ).train(self.training)
+            device="meta",
+        )
+        # the very parameter, which a head may be tied to
+        embedding.register_parameter("weight", self.weight)
+        return embedding.train(self.training)
 
     def _out_scale(self) -> Tensor | None:
         magnitude = self.lora_magnitude_vector

@@ -33,7 +33,7 @@ class LoRALinear(AdaptedLinear):
     weights of ``lora_A`` and ``lora_B`` and does not call them: hooks on those two do not run.
 
     With ``use_dora`` (arXiv 2402.09353) y = g ∘ (x Wᵀ + s · …) + bias, where g = m / ‖W + s·BA‖ and
-    ``lora_magnitude_vector.weight`` m [N] starts as that norm; a row of norm zero counts as 1e-12.
+    ``lora_magnitude_vector.weight`` m [N] starts as that norm; a row of zeros stays one.
     Dropout then reaches the part of the base that g adds, too, as in peft. ``dora_simple`` False
     lets the gradient of A and B flow through the norm, and ``dora_keep_output`` False keeps no
     output for m's gradient, which backward computes again. With

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +13,52 @@ from torch import Tensor, nn
 from fastlora.nn.adapted import adapter_dtype_over, check_dropout, check_finite, check_rank
 from fastlora.nn.adapted_linear import AdaptedLinear, parameters_of
 from fastlora.ops.adapter_group import Member
+from fastlora.ops.adapter_linear.entry import is_transformed
+
+
+class Copies:
+    """The first columns of A and rows of B of the model's projections, made once for all layers.
+
+    Layers of one width get the very same A, contiguous, as products take a narrow slice of wide
+    rows badly; B's are views of one matrix. What has changed is made anew. Itself copied, it is
+    empty.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[Any, tuple[Any, Any, Tensor]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Copies, ()
+
+    def columns(
+        self, adapter: str, A: Tensor, k: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        if A.shape[1] == k and A.dtype == dtype and A.device == device:
+            return A
+        return self._of(
+            ("A", adapter, k, dtype, device),
+            A,
+            lambda A: A[:, :k].to(device, dtype).contiguous(),
+        )
+
+    def rows(
+        self, adapter: str, B: Tensor, n: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        if B.dtype != dtype or B.device != device:
+            B = self._of(("B", adapter, dtype, device), B, lambda B: B.to(device, dtype))
+        if B.shape[0] == n:
+            return B
+        return self._of(("B", adapter, n, dtype, device), B, lambda B: B[:n])
+
+    def _of(self, key: Any, source: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+        state = source.data_ptr(), None if source.is_inference() else source._version
+        made = self._made.get(key)
+        if made is None or made[0]() is not source or made[1] != state:
+            # they serve a later call that trains, so no inference tensors are made
+            with torch.inference_mode(False), torch.no_grad():
+                made = weakref.ref(source), state, make(source.detach())
+            self._made[key] = made
+        return made[2]
 
 
 class VeRAProjection(nn.Module):
@@ -37,7 +85,7 @@ class VeRAProjection(nn.Module):
         check_rank("r", r)
         self.r = r
         self.projection_prng_key = projection_prng_key
-        self._copies: dict[Any, tuple[Any, Tensor, Tensor]] = {}
+        self._copies = Copies()
         generator = torch.Generator("cpu").manual_seed(projection_prng_key)
         for name, shape in (("vera_A", (r, in_features)), ("vera_B", (out_features, r))):
             bound = math.sqrt(6 / shape[1])
@@ -48,24 +96,14 @@ class VeRAProjection(nn.Module):
     def sliced(
         self, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """(A [r, in_features], B [out_features, r]) for a layer.
-
-        Layers of one width, dtype and device get the very same A, contiguous, as products take a
-        narrow slice of wide rows badly: a copy of it where it must be.
-        """
+        """(A [r, in_features], B [out_features, r]) for a layer; see ``Copies``."""
         A, B = self.vera_A, self.vera_B
-        if A.shape[1] == in_features and A.dtype == dtype and A.device == device:
-            return A, B[:out_features]
-        made = A.data_ptr(), B.data_ptr(), A._version, B._version
-        copy = self._copies.get((in_features, dtype, device))
-        if copy is None or copy[0] != made:
-            own_A = A[:, :in_features].to(device, dtype).contiguous()
-            copy = made, own_A, B.to(device, dtype)
-            self._copies[in_features, dtype, device] = copy
-        return copy[1], copy[2][:out_features]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_copies": {}}
+        if torch.compiler.is_compiling() or is_transformed(A):
+            return A[:, :in_features].to(device, dtype), B[:out_features].to(device, dtype)
+        return (
+            self._copies.columns("", A, in_features, dtype, device),
+            self._copies.rows("", B, out_features, dtype, device),
+        )
 
 
 class VeRALinear(AdaptedLinear):
@@ -143,11 +181,12 @@ class VeRALinear(AdaptedLinear):
         nn.init.zeros_(self.vera_lambda_b)
 
     def slices(self) -> tuple[Tensor, Tensor]:
-        """This layer's A [r, K] and B [N, r], in its weight's dtype."""
-        weight = self.weight
-        return self.projection.sliced(
-            self.in_features, self.out_features, weight.dtype, weight.device
-        )
+        """This layer's A [r, K] and B [N, r], in the dtype that is computed in: its weight's, or
+        autocast's."""
+        dtype, device = self.weight.dtype, self.weight.device
+        if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        return self.projection.sliced(self.in_features, self.out_features, dtype, device)
 
     def operands(self, dropout: bool) -> Member:
         A, B = self.slices()

@@ -246,11 +246,42 @@ def test_a_merge_that_fails_half_way_is_undone(tiny_llama):
         fastlora.merge(model)
 
 
+def test_unload_leaves_an_embedding_tied_to_its_head(tiny_llama):
+    model = tiny_llama(tie_word_embeddings=True)
+    weight = model.lm_head.weight
+    assert model.model.embed_tokens.weight is weight
+    fastlora.inject(model, LoRAConfig(r=4, target_modules=["embed_tokens"]))
+    fastlora.unload(model)
+    assert type(model.model.embed_tokens) is nn.Embedding
+    assert model.model.embed_tokens.weight is model.lm_head.weight is weight
+
+
 def test_a_tied_weight_is_not_merged(tiny_llama):
     model = tiny_llama(tie_word_embeddings=True)
     fastlora.inject(model, LoRAConfig(target_modules=["lm_head"]))
     with pytest.raises(ValueError, match=r"lm_head shares its weight with model.embed_tokens"):
         fastlora.merge(model)
+
+
+def test_a_tied_bias_is_not_merged_into():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].bias = model[0].bias
+    copied = copy.deepcopy(model)
+    fastlora.inject(model, LoRAConfig(r=2, lora_bias=True, target_modules=["0"]))
+    with pytest.raises(ValueError, match="0 shares its bias with 1"):
+        fastlora.merge(model)
+    fastlora.inject(copied, LoRAConfig(r=2, target_modules=["0"]))
+    fastlora.merge(copied)  # which leaves the bias as it is
+
+
+def test_a_layer_that_is_the_whole_model_is_not_unloaded():
+    layer = fastlora.nn.LoRALinear.from_linear(nn.Linear(4, 4), r=2)
+    x = torch.randn(3, 4)
+    with pytest.raises(ValueError, match="itself an adapted layer"):
+        fastlora.unload(layer)
+    assert "" not in layer._modules
+    fastlora.merge(layer)
+    assert torch.equal(layer(x), layer.plain()(x))
 
 
 @pytest.mark.parametrize("call", [fastlora.merge, fastlora.unmerge, fastlora.unload])

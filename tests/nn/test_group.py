@@ -312,3 +312,65 @@ def test_autocast(calls):
         expected = ungrouped(model)(x)
     assert y.dtype == torch.bfloat16 and calls == [3]
     torch.testing.assert_close(y, expected, atol=5e-2, rtol=5e-2)
+
+
+class CrossAttention(nn.Module):
+    """q of one input, k and v of another that is wider."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = nn.Linear(12, 10), nn.Linear(20, 10), nn.Linear(20, 10)
+
+    def forward(self, x, other):
+        return self.to_q(x), self.to_k(other), self.to_v(other)
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_only_layers_of_one_width_are_put_together(accelerated, calls):
+    torch.manual_seed(0)
+    model, names = CrossAttention(), ["to_q", "to_k", "to_v"]
+    if accelerated:
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=4, target_modules=names, init_lora_weights=False)
+        model = peft.get_peft_model(model, config)
+        x, other = torch.randn(7, 12), torch.randn(9, 20)
+        expected = model(x, other)
+        report = fastlora.accelerate(model)
+    else:
+        report = fastlora.inject(model, LoRAConfig(r=4, target_modules=names))
+        randomise(t for layer in layers(model) for t in layer.tensors.values())
+        x, other = torch.randn(7, 12), torch.randn(9, 20)
+        expected = ungrouped(model)(x, other)
+    said = {row.name.rpartition(".")[2]: row.detail for row in report.fused}
+    assert "computed with" not in said["to_q"] and "computed with to_v" in said["to_k"]
+    for y, wanted in zip(model(x, other), expected, strict=True):
+        torch.testing.assert_close(y, wanted)
+    assert calls == [2]
+
+
+def test_a_member_that_does_not_fit_raises_at_its_own_call_only(calls):
+    model, x = make(), torch.randn(7, 12)
+    model.v_proj.lora_A.to(torch.float64)
+    expected = ungrouped(model).q_proj(x)
+    torch.testing.assert_close(model.q_proj(x), expected)
+    with pytest.raises(TypeError, match="lora_A is torch"):
+        model.v_proj(x)
+
+
+@pytest.mark.parametrize("change", ["eval", "scaling", "resize", "trained"])
+def test_a_result_does_not_outlive_a_change_of_its_layer(change, calls):
+    model, x = make("lora", lora_dropout=0.5 if change == "eval" else 0.0), torch.randn(7, 12)
+    layer = model.v_proj
+    layer.requires_grad_(change != "trained")
+    model.q_proj(x)
+    if change == "eval":
+        model.eval()
+    elif change == "scaling":
+        layer.scaling *= 3
+    elif change == "resize":
+        fastlora.resize(model, rank=1)
+    else:
+        layer.lora_B.requires_grad_(True)
+    stale = layer(x)
+    assert stale.requires_grad
+    torch.testing.assert_close(stale, ungrouped(model).v_proj(x))

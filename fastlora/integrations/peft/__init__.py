@@ -61,7 +61,9 @@ def accelerate(peft_model: nn.Module, strict: bool = False) -> Report:
 
     Everything peft does with the model keeps working: it remains a peft model with the same
     parameters, keys and methods; only a second derivative through the layers is not available, and
-    where a row of DoRA's W + s·BA is zero, the output is finite and not peft's NaN (0/0).
+    where a row of DoRA's W + s·BA is zero, the output is finite and not peft's NaN (0/0). Linears
+    that were computed together have one backward, too: going backward through q alone, and later
+    through k, takes ``retain_graph=True`` the first time.
     ``restore`` undoes it. Calling it again covers layers that were added in the meantime.
 
     Args:

@@ -59,6 +59,9 @@ class FusedLinearKind(Fused):
         memory.given = sources, self._versions(sources)
         return self.operands(sources, x)
 
+    def settings(self) -> None:
+        """See ``nn.group.Joining``: a result's sources are compared when it is taken."""
+
     def _is(self, given: Any, sources: Any) -> bool:
         """Whether the group's result is one of these sources: of the same tensors, unwritten, and
         the same numbers. (The group itself watches the tensors that the operation gets.)"""

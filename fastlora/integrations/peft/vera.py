@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from fastlora.integrations.peft import reasons
 from fastlora.integrations.peft.fused import Fused
 from fastlora.integrations.peft.linear_kind import FusedLinearKind
+from fastlora.nn.vera_linear import Copies
 from fastlora.ops.adapter_group import Member
 
 
@@ -111,48 +110,3 @@ class FusedVeraLinear(PeftVeraLinear, FusedLinearKind):
         copies: Copies = self._fastlora.shared
         name = sources.adapter
         return copies.columns(name, A, k, dtype, device), copies.rows(name, B, n, dtype, device)
-
-
-class Copies:
-    """The first columns of A and rows of B of the model's projections, made once for all layers.
-
-    Layers of one width get the very same A, contiguous, as products take a narrow slice of wide
-    rows badly; B's are views of one matrix. What has changed is made anew. Itself copied, it is
-    empty.
-    """
-
-    def __init__(self) -> None:
-        self._made: dict[Any, tuple[Any, Any, Tensor]] = {}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Copies, ()
-
-    def columns(
-        self, adapter: str, A: Tensor, k: int, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        if A.shape[1] == k and A.dtype == dtype and A.device == device:
-            return A
-        return self._of(
-            ("A", adapter, k, dtype, device),
-            A,
-            lambda A: A[:, :k].to(device, dtype).contiguous(),
-        )
-
-    def rows(
-        self, adapter: str, B: Tensor, n: int, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        if B.dtype != dtype or B.device != device:
-            B = self._of(("B", adapter, dtype, device), B, lambda B: B.to(device, dtype))
-        if B.shape[0] == n:
-            return B
-        return self._of(("B", adapter, n, dtype, device), B, lambda B: B[:n])
-
-    def _of(self, key: Any, source: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
-        state = source.data_ptr(), None if source.is_inference() else source._version
-        made = self._made.get(key)
-        if made is None or made[0]() is not source or made[1] != state:
-            # they serve a later call that trains, so no inference tensors are made
-            with torch.inference_mode(False), torch.no_grad():
-                made = weakref.ref(source), state, make(source.detach())
-            self._made[key] = made
-        return made[2]
