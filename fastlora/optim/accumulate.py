@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,8 +33,8 @@ def accumulate_in_momentum(
         model: what is trained; every trained parameter must be the optimizer's.
         optimizer: a ``Tiger``, or ``accelerate``'s wrapper of one.
         loss_is_divided: the losses are divided by the number of micro-steps already, as
-            ``accelerate``
-            and the HF Trainer do: gradients are added up instead of averaged, any number of them.
+            ``accelerate`` and the HF Trainer do: gradients are added up instead of averaged, any
+            number of them.
 
     Raises TypeError for an optimizer that is no Tiger (Lion's update needs gradient and momentum
     apart); ValueError for DistributedDataParallel, a trained parameter the optimizer does not have,
@@ -60,31 +62,47 @@ class MomentumAccumulation:
             )
         if optimizer._accumulation is not None:
             raise RuntimeError("gradients are folded into this optimizer's momentum already")
-        k = optimizer.param_groups[0]["grad_accum_steps"]
         self._optimizer = optimizer
-        self._limit = None if loss_is_divided else k
-        self.weight = 1.0 if loss_is_divided else 1.0 / k
-        self._places: dict[Tensor, tuple[dict[str, Any], str]] = {}
-        others = set()
-        for number, group in enumerate(optimizer.param_groups):
+        self._loss_is_divided = loss_is_divided
+        own = set()
+        for group in optimizer.param_groups:
             if group["lazy_momentum"]:
                 raise ValueError("lazy_momentum is not known until all micro-steps are")
-            for i, param in enumerate(group["params"]):
-                if group["algorithm"] == "sign":
-                    self._places[param] = (group, _where(group, number, i))
-                else:
-                    others.add(param)
+            own.update(group["params"])
         for name, param in model.named_parameters():
-            if param.requires_grad and param not in self._places and param not in others:
+            if param.requires_grad and param not in own:
                 raise ValueError(f"{name} is trained, but not one of the optimizer's parameters")
-        if any("grad_sum" in state or state.get("folded") for state in optimizer.state.values()):
+        if optimizer._in_cycle():
             raise RuntimeError("a cycle of micro-steps has begun: attach after a step")
-        self._handles: list[RemovableHandle] = [
-            param.register_post_accumulate_grad_hook(self._fold)
-            for param in self._places
-            if param.requires_grad
-        ]
+        self._handles: list[RemovableHandle] = []
+        for number in range(len(optimizer.param_groups)):
+            self.attach(number)
         optimizer._accumulation = self
+
+    @property
+    def limit(self) -> int | None:
+        """How many gradients a parameter may have before a step; None: any number."""
+        return (
+            None if self._loss_is_divided else self._optimizer.param_groups[0]["grad_accum_steps"]
+        )
+
+    @property
+    def weight(self) -> float:
+        """What each gradient is multiplied by."""
+        limit = self.limit
+        return 1.0 if limit is None else 1.0 / limit
+
+    def attach(self, number: int) -> None:
+        """Begin with the parameters of the optimizer's group of this number."""
+        group = self._optimizer.param_groups[number]
+        if group["algorithm"] != "sign":
+            return
+        # a parameter's hooks live as long as it does: this, and with it the optimizer, need not
+        fold = weakref.WeakMethod(self._fold)
+        for i, param in enumerate(group["params"]):
+            if param.requires_grad:
+                hook = partial(_call, fold, number, i)
+                self._handles.append(param.register_post_accumulate_grad_hook(hook))
 
     def detach(self) -> None:
         """Leave gradients alone again.
@@ -94,15 +112,16 @@ class MomentumAccumulation:
         """
         if self._optimizer._accumulation is not self:
             raise RuntimeError("it is detached already")
-        if any(self._optimizer.state[param].get("folded") for param in self._places):
+        if self._optimizer._in_cycle():
             raise RuntimeError("gradients were folded since the last step: call step first")
         self._leave()
 
     def fold_what_is_left(self) -> None:
         """Gradients that came without backward, as by hand."""
-        for param in self._places:
-            if param.grad is not None:
-                self._fold(param)
+        for number, group in enumerate(self._optimizer.param_groups):
+            for i, param in enumerate(group["params"] if group["algorithm"] == "sign" else ()):
+                if param.grad is not None:
+                    self._fold(number, i, param)
 
     def __enter__(self) -> MomentumAccumulation:
         return self
@@ -118,15 +137,22 @@ class MomentumAccumulation:
             handle.remove()
         self._optimizer._accumulation = None
 
-    def _fold(self, param: Tensor) -> None:
-        group, where = self._places[param]
-        done = (
-            self._optimizer.state[param].get("folded", 0) if param in self._optimizer.state else 0
-        )
-        if self._limit is not None and done >= self._limit:
+    def _fold(self, number: int, i: int, param: Tensor) -> None:
+        # the group of now, as loading a state makes other dictionaries
+        group = self._optimizer.param_groups[number]
+        where = _where(group, number, i)
+        limit, state = self.limit, self._optimizer.state
+        done = state[param].get("folded", 0) if param in state else 0
+        if limit is not None and done >= limit:
             raise RuntimeError(
                 f"a gradient of {where} arrived after {done} micro-steps without a step: call "
-                f"optimizer.step() after every {self._limit} (grad_accum_steps), or set that anew"
+                f"optimizer.step() after every {limit} (grad_accum_steps), or set that anew"
             )
         self._optimizer._fold(param, group, where, self.weight)
         param.grad = None
+
+
+def _call(fold: weakref.WeakMethod[Any], number: int, i: int, param: Tensor) -> None:
+    alive = fold()
+    if alive is not None:
+        alive(number, i, param)

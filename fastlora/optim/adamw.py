@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-STATE = ("exp_avg", "exp_avg_sq", "step")
+TENSORS = ("exp_avg", "exp_avg_sq")  # in the parameter's shape
+STATE = (*TENSORS, "step")
 
 
 def check_gradient(grad: Tensor, where: str) -> None:
@@ -50,7 +51,7 @@ def step(
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
-            lr=float(lr) if isinstance(lr, Tensor) and not group["capturable"] else lr,
+            lr=lr if group["capturable"] else float(lr),
             weight_decay=float(group["weight_decay"]),
             eps=group["adam_eps"],
             maximize=group["maximize"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -13,24 +14,34 @@ ALGORITHMS = ("sign", "adamw")
 
 
 def number(name: str, value: Any) -> None:
-    """Raise ValueError unless it is a finite number of at least 0, or a tensor with one element.
+    """Raise ValueError unless it is a finite number of at least 0, or a zero-dim tensor of one.
 
     A tensor on another device than the CPU is not waited for, and its value not looked at.
     """
     if isinstance(value, Tensor):
-        if value.numel() != 1 or not value.is_floating_point():
-            raise ValueError(f"{name} as a tensor must hold one floating-point number")
+        if value.dim() or not value.is_floating_point():
+            raise ValueError(
+                f"{name} as a tensor must hold one floating-point number and have no axes, not "
+                f"{value.dtype} {list(value.shape)}"
+            )
         if value.device.type != "cpu":
             return
         value = value.item()
-    if not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
+    if not isinstance(value, numbers.Real) or not (math.isfinite(value) and float(value) >= 0):
         raise ValueError(f"{name} must be a finite number of at least 0, not {value}")
 
 
 def fraction(name: str, value: Any) -> None:
     """Raise ValueError unless it is in [0, 1)."""
-    if not isinstance(value, (int, float)) or not 0 <= value < 1:
+    if not isinstance(value, numbers.Real) or not 0 <= float(value) < 1:
         raise ValueError(f"{name} must be in [0, 1), not {value}")
+
+
+def whole(name: str, value: Any, least: int | None = 0) -> None:
+    """Raise ValueError unless it is an int, of at least ``least``."""
+    if type(value) is not int or (least is not None and value < least):
+        bound = "" if least is None else f" of at least {least}"
+        raise ValueError(f"{name} must be a whole number{bound}, not {value!r}")
 
 
 def pair(name: str, value: Any) -> None:
@@ -58,6 +69,9 @@ def common(group: dict[str, Any]) -> None:
     number("lr", group["lr"])
     number("weight_decay", group["weight_decay"])
     one_of("state_dtype", group["state_dtype"], STATE_DTYPES)
+    whole("steps", group["steps"])
+    if group["stochastic_rounding"]:
+        whole("seed", group["seed"], None)
     if group["lazy_momentum"] and not group["lazy_rows"]:
         raise ValueError("lazy_momentum keeps the momentum of rows that lazy_rows keeps; give both")
     if group["algorithm"] == "adamw":
@@ -80,5 +94,7 @@ def parameter(param: Any, name: str) -> None:
         raise TypeError(f"{name} is complex, and a complex number has no sign")
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(f"{name} is {param.dtype}; floating-point parameters are updated")
+    if param.is_neg():
+        raise TypeError(f"{name} is a negated view, which cannot be updated in place")
     if param.is_sparse:
         raise TypeError(f"{name} is sparse; gradients may be, parameters not")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from fastlora.ops.sign_momentum import sign_momentum
 from fastlora.optim import checks
-from fastlora.optim.sign_optimizer import Entry, Rate, SignOptimizer
+from fastlora.optim.sign_optimizer import Entry, Rate, SignOptimizer, run_all
 
 
 class Lion(SignOptimizer):
@@ -127,9 +128,9 @@ class Lion(SignOptimizer):
 
     def _step_any(self) -> None:
         batches = self._batches(self._entries(), lambda entry: tuple(entry.group["betas"]))
-        adamw = self._adamw()
-        for batch in batches:
-            sign_momentum(
+        calls = [
+            partial(
+                sign_momentum,
                 batch.params,
                 batch.grads,
                 batch.momenta,
@@ -140,7 +141,9 @@ class Lion(SignOptimizer):
                 rows=batch.rows,
                 mask_momentum_rows=batch.key.lazy_momentum,
                 **batch.rounding(),
-                cache=self._cache(batch.key._replace(seed=None)),
+                cache=self._cache("any", batch.number),
                 backend=batch.key.backend,
             )
-        adamw()
+            for batch in batches
+        ]
+        run_all(calls, self._adamw())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 
 
@@ -13,7 +14,7 @@ def check_schedule(schedule: Mapping[int, float]) -> None:
     for step, factor in schedule.items():
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise ValueError(f"lr_schedule's steps must be whole numbers from 0, not {step!r}")
-        if not isinstance(factor, (int, float)) or not (math.isfinite(factor) and factor >= 0):
+        if not isinstance(factor, numbers.Real) or not 0 <= float(factor) < math.inf:
             raise ValueError(f"lr_schedule's factors must be finite and at least 0, not {factor!r}")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -97,7 +98,7 @@ class SignOptimizer(torch.optim.Optimizer):
 
     # class attributes, as pickling an optimizer keeps only its groups, state and defaults
     _loading: dict[Tensor, dict[str, Any]] | None = None
-    _caches: dict[Any, SignMomentumCache] | None = None
+    _caches: dict[tuple[str, int], SignMomentumCache] | None = None
     _looked_up: tuple[tuple[list[Any], ...], list[dict[str, Any]]] | None = None
 
     def __init__(self, params: Any, defaults: dict[str, Any], differentiable: bool) -> None:
@@ -122,7 +123,7 @@ class SignOptimizer(torch.optim.Optimizer):
             group["state_dtype"] = checks.state_dtype(group["state_dtype"])
         self._complete(group)
         merged = {**self.defaults, **group}
-        self._check_group(merged)
+        self._check_groups([*self.param_groups, merged])
         if not isinstance(params, set):
             tensors = [params] if isinstance(params, Tensor) else params
             for i, param in enumerate(tensors):
@@ -136,6 +137,10 @@ class SignOptimizer(torch.optim.Optimizer):
     def _complete(self, group: dict[str, Any]) -> None:
         """Put in what follows from a group's other options."""
         group.setdefault("steps", self.param_groups[0]["steps"] if self.param_groups else 0)
+
+    def _check_groups(self, groups: list[dict[str, Any]]) -> None:
+        for group in groups:
+            self._check_group(group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         checks.common(group)
@@ -153,8 +158,7 @@ class SignOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self._check_group(group)
+        self._check_groups(self.param_groups)
         self._step()
         for group in self.param_groups:
             group["steps"] += 1
@@ -184,26 +188,9 @@ class SignOptimizer(torch.optim.Optimizer):
         state = self.state[param]
         if "exp_avg" not in state:
             self._begin(param, group, state)
-        kept = state["exp_avg"]
-        if kept.shape != param.shape:
-            raise ValueError(
-                f"{where} has shape {list(param.shape)} but its momentum {list(kept.shape)}: it "
-                "was resized after its first step; make the optimizer anew"
-            )
-        if kept.device != param.device:
-            raise ValueError(
-                f"{where} is on {param.device} but its momentum on {kept.device}: move the model "
-                "before the first step, or load the optimizer's state again"
-            )
-        here = local(param)
-        if here.numel() and not here.untyped_storage().nbytes() and here.device.type != "meta":
-            raise ValueError(f"the memory of {where} has been freed")
+        _check_fit(param, grad, {"momentum": state["exp_avg"]}, where)
         entry = Entry(param, grad, group, state, where)
         if grad is not None:
-            if grad.shape != param.shape:
-                raise ValueError(
-                    f"{where} has shape {list(param.shape)} but its gradient {list(grad.shape)}"
-                )
             new = local(grad)
             if group["lazy_rows"]:
                 entry.moved_rows = rows.touched(new)
@@ -238,23 +225,14 @@ class SignOptimizer(torch.optim.Optimizer):
             batch = batches.get(key)
             if batch is None:
                 batch = batches[key] = Batch(key, len(batches))
-            rate = self._rate(entry)
-            lr, relative = rate.lr, rate.relative
-            if relative is not None and is_sharded(param):
-                if relative == "tensor":
-                    lr, relative = lr * rms(param).clamp(min=rate.floor), None
-                elif splits_rows(param):
-                    raise ValueError(
-                        f"{entry.where}: its rows are sharded over their last axis, so that no "
-                        "process knows a row's size; shard it over its first axis"
-                    )
+            rate = self._rate_here(entry)
             batch.params.append(local(param))
             batch.momenta.append(local(entry.state["exp_avg"]))
             if entry.grad is not None:
                 batch.grads.append(entry.grad)
-            batch.lr.append(lr)
+            batch.lr.append(rate.lr)
             batch.weight_decay.append(rate.weight_decay)
-            batch.relative.append(relative)
+            batch.relative.append(rate.relative)
             batch.floor.append(rate.floor)
             batch.rows.append(entry.moved_rows)
             batch.centers.append(rate.center)
@@ -264,47 +242,70 @@ class SignOptimizer(torch.optim.Optimizer):
                 _agree_on_non_finite(batch)
         return list(batches.values())
 
-    def _cache(self, key: Any) -> SignMomentumCache:
-        """The one of all calls under this key."""
+    def _rate_here(self, entry: Entry) -> Rate:
+        """``_rate`` for what lies here of a parameter, whose size is that of the whole."""
+        rate, param = self._rate(entry), entry.param
+        if rate.relative is None or not is_sharded(param):
+            return rate
+        if rate.relative == "tensor":
+            return replace(rate, lr=rate.lr * rms(param).clamp(min=rate.floor), relative=None)
+        if splits_rows(param):
+            raise ValueError(
+                f"{entry.where}: its rows are sharded over their last axis, so that no process "
+                "knows a row's size; shard it over its first axis"
+            )
+        return rate
+
+    def _cache(self, place: str, number: int = 0) -> SignMomentumCache:
+        """The one of all calls at this place, for the batch of this number.
+
+        Not for its hyperparameters, which may be others at every step: the operation looks itself
+        at what has changed.
+        """
         if self._caches is None:
             self._caches = {}
-        return self._caches.setdefault(key, SignMomentumCache())
+        return self._caches.setdefault((place, number), SignMomentumCache())
 
     def _factor(self, group: dict[str, Any]) -> float:
         """What a schedule multiplies the group's lr by."""
         return 1.0
 
-    def _adamw(
-        self, gradient: Callable[[Tensor, dict[str, Any]], Tensor | None] = lambda p, state: p.grad
-    ) -> Callable[[], None]:
-        """The step of the AdamW groups with ``gradient(param, state)``, checked, to be called."""
-        ready = []
+    def _adamw(self, weight: float = 1.0) -> list[Callable[[], None]]:
+        """The calls that make the step of the AdamW groups, checked: of each parameter with weight
+        times its gradient, beside the sum that was kept."""
+        calls: list[Callable[[], None]] = []
         for number, group in enumerate(self.param_groups):
-            if group["algorithm"] != "adamw":
+            found = self._adamw_entries(number)
+            if not found:
                 continue
-            params, grads, states = [], [], []
-            for i, param in enumerate(group["params"]):
-                if param.grad is not None:
-                    adamw.check_gradient(param.grad, _where(group, number, i))
-                state = self.state.get(param, {})
-                grad = gradient(param, state)
-                if grad is None:
-                    continue
-                if "exp_avg" not in state:
-                    state = self.state[param]
-                    state.update(adamw.empty_state(param, group["capturable"]))
-                params.append(param)
-                grads.append(grad)
-                states.append(state)
-            if params:
-                lr = _times(group["lr"], self._factor(group))
-                ready.append((group, lr, params, grads, states))
+            calls.append(
+                partial(
+                    adamw.step,
+                    group,
+                    _times(group["lr"], self._factor(group)),
+                    [entry.param for entry in found],
+                    [_summed(entry, weight) for entry in found],
+                    [entry.state for entry in found],
+                )
+            )
+        return calls
 
-        def step() -> None:
-            for arguments in ready:
-                adamw.step(*arguments)
-
-        return step
+    def _adamw_entries(self, number: int) -> list[Entry]:
+        """Of an AdamW group's parameters with a gradient, or a sum of earlier ones, checked."""
+        group, found = self.param_groups[number], []
+        for i, param in enumerate(group["params"] if group["algorithm"] == "adamw" else ()):
+            grad, where = param.grad, _where(group, number, i)
+            if grad is None and "grad_sum" not in self.state.get(param, _NO_STATE):
+                continue
+            if grad is not None:
+                adamw.check_gradient(grad, where)
+            state = self.state[param]
+            if "exp_avg" not in state:
+                state.update(adamw.empty_state(param, group["capturable"]))
+            kept = {key: state[key] for key in (*adamw.TENSORS, "grad_sum") if key in state}
+            _check_fit(param, grad, kept, where)
+            found.append(Entry(param, grad, group, state, where))
+        return found
 
     def _ordinary(self, *alike: str) -> Lists | None:
         """The lists of a step that one call can take, with hardly a look at each tensor: the call
@@ -319,7 +320,11 @@ class SignOptimizer(torch.optim.Optimizer):
                 return None
             made.params += group["params"]
         made.grads = [param.grad for param in made.params]
-        if not _PLAIN.issuperset(map(type, made.params)) or NoneType in set(map(type, made.grads)):
+        if (
+            not made.params
+            or not _PLAIN.issuperset(map(type, made.params))
+            or NoneType in set(map(type, made.grads))
+        ):
             return None
         try:
             made.momenta = [state["exp_avg"] for state in self._states_of(made.params)]
@@ -373,15 +378,18 @@ class SignOptimizer(torch.optim.Optimizer):
     def _prepare(self: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Check everything, and keep tensors from the base class, which would cast them to their
         parameters' dtypes."""
+        missing = [key for key in ("state", "param_groups") if key not in state_dict]
+        if missing:
+            raise ValueError(f"the state has no {' and no '.join(missing)}")
         groups, saved_groups = self.param_groups, state_dict["param_groups"]
+        if not all("params" in group for group in saved_groups):
+            raise ValueError("a group of the state has no params")
         sizes = [len(group["params"]) for group in groups]
         saved_sizes = [len(group["params"]) for group in saved_groups]
         if sizes != saved_sizes:
             raise ValueError(
                 f"the state has groups of {saved_sizes} parameters, this optimizer of {sizes}"
             )
-        loading: dict[Tensor, dict[str, Any]] = {}
-        left = {index for index, state in state_dict["state"].items() if state}
         made = []
         for number, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
             merged = {**group, **saved_group}
@@ -394,9 +402,12 @@ class SignOptimizer(torch.optim.Optimizer):
                 )
             if isinstance(group["lr"], Tensor) and not isinstance(merged["lr"], Tensor):
                 merged["lr"] = torch.full_like(group["lr"], merged["lr"])
-            self._check_group(merged)
             made.append(merged)
-            places = zip(saved_group["params"], group["params"], strict=True)
+        self._check_groups(made)
+        loading: dict[Tensor, dict[str, Any]] = {}
+        left = {index for index, state in state_dict["state"].items() if state}
+        for number, (group, merged) in enumerate(zip(groups, made, strict=True)):
+            places = zip(merged["params"], group["params"], strict=True)
             for i, (index, param) in enumerate(places):
                 if index not in left:
                     continue
@@ -436,6 +447,63 @@ class SignOptimizer(torch.optim.Optimizer):
         self._caches = self._looked_up = None
 
 
+def check_all(calls: list[partial[Any]], alone: bool = True) -> None:
+    """Raise what any of these calls of the operation would, before anything is written. A single
+    one sees to that itself, where it is ``alone``."""
+    if len(calls) > 1 or not alone:
+        for call in calls:
+            call(check_only=True)
+
+
+def run_all(calls: list[partial[Any]], adamw_calls: list[Callable[[], None]]) -> None:
+    """Make the calls, of the operation and of AdamW, or raise before the first writes."""
+    check_all(calls, alone=not adamw_calls)
+    every: list[Callable[[], Any]] = [*adamw_calls, *calls]
+    for call in every:
+        call()
+
+
+def _check_fit(param: Any, grad: Any, kept: dict[str, Any], where: str) -> None:
+    """Raise ValueError unless the gradient and what is kept of a parameter are as it is."""
+    for name, one in kept.items():
+        if one.shape != param.shape:
+            raise ValueError(
+                f"{where} has shape {list(param.shape)} but its {name} {list(one.shape)}: it was "
+                "resized after its first step; make the optimizer anew"
+            )
+        if one.device != param.device:
+            raise ValueError(
+                f"{where} is on {param.device} but its {name} on {one.device}: move the model "
+                "before the first step, or load the optimizer's state again"
+            )
+    if grad is not None and grad.shape != param.shape:
+        raise ValueError(
+            f"{where} has shape {list(param.shape)} but its gradient {list(grad.shape)}"
+        )
+    if grad is not None and grad.device != param.device:
+        raise ValueError(f"{where} is on {param.device} but its gradient on {grad.device}")
+    held = {"": param, "the gradient of ": grad} | {f"the {k} of ": v for k, v in kept.items()}
+    for name, one in held.items():
+        if isinstance(one, Tensor) and _is_freed(local(one)):
+            raise ValueError(f"the memory of {name}{where} has been freed")
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    if tensor.layout != torch.strided or not tensor.numel() or tensor.device.type == "meta":
+        return False
+    return not tensor.untyped_storage().nbytes()
+
+
+def _summed(entry: Entry, weight: float) -> Tensor:
+    """The sum that was kept of an AdamW parameter's gradients, and weight times the new one."""
+    kept: Tensor | None = entry.state.get("grad_sum")
+    if entry.grad is None:
+        assert kept is not None
+        return kept
+    share = _times(entry.grad, weight)
+    return share if kept is None else kept + share
+
+
 def _same(one: list[Any], other: list[Any]) -> bool:
     """Whether they hold the same objects."""
     return len(one) == len(other) and all(map(operator.is_, one, other))
@@ -452,8 +520,8 @@ def _where(group: dict[str, Any], number: int, i: int) -> str:
     return names[i] if names else f"parameter {i} of group {number}"
 
 
-def _times(lr: Any, factor: float) -> Any:
-    return lr if factor == 1 else lr * factor
+def _times(value: Any, factor: float) -> Any:
+    return value if factor == 1 else value * factor
 
 
 def _float_dtype(param: Tensor, group: dict[str, Any]) -> torch.dtype:
@@ -499,7 +567,9 @@ def _adamw_state(saved: dict[str, Any], param: Tensor, where: str) -> dict[str, 
     made = {"step": torch.as_tensor(saved["step"], dtype=torch.float32).clone()}
     if kept is not None:
         saved["grad_sum"] = kept
-    for key in ("exp_avg", "exp_avg_sq", *(() if kept is None else ("grad_sum",))):
+    for key in (*adamw.TENSORS, *(() if kept is None else ("grad_sum",))):
+        if not isinstance(saved[key], Tensor):
+            raise ValueError(f"{key} of {where} is a {type(saved[key]).__name__}, not a tensor")
         if saved[key].shape != param.shape:
             raise ValueError(
                 f"{key} of {where} has shape {list(saved[key].shape)}, the parameter "

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastlora.ops.sign_momentum import apply_momentum, fold_gradients, sign_momentum
-from fastlora.optim import adamw, checks, schedules
+from fastlora.optim import checks, schedules
 from fastlora.optim.kinds import KINDS, by_shape
 from fastlora.optim.sharded import is_sharded, is_zero, local, mesh_of, spread_non_finite
-from fastlora.optim.sign_optimizer import Batch, Entry, Rate, SignOptimizer, _times, _where
+from fastlora.optim.sign_optimizer import (
+    Batch,
+    Entry,
+    Rate,
+    SignOptimizer,
+    _summed,
+    _times,
+    check_all,
+    run_all,
+)
 
 if TYPE_CHECKING:
     from fastlora.optim.accumulate import MomentumAccumulation
@@ -66,7 +77,8 @@ class Tiger(SignOptimizer):
     # not saved: what a pickled optimizer loses has to be attached again
     _accumulation: MomentumAccumulation | None = None
     _at = 0  # the micro-step that lr_schedule is read at
-    _rates: dict[int, tuple[Any, list[list[Any]]]] | None = None  # of ``_group_rates``
+    _rates: tuple[Any, dict[int, tuple[Any, list[list[Any]]]]] = (None, {})  # of ``_group_rates``
+    _open = False  # whether a cycle of micro-steps may have begun that no step has closed
 
     def __init__(
         self,
@@ -126,17 +138,23 @@ class Tiger(SignOptimizer):
             relative = group.get("relative_lr", self.defaults["relative_lr"])
             if relative and group.get("algorithm", self.defaults["algorithm"]) == "sign":
                 group.setdefault("weight_decay", 0.0)
-        if self.param_groups:
-            given = group.get("grad_accum_steps", self.defaults["grad_accum_steps"])
-            if given != self.param_groups[0]["grad_accum_steps"]:
-                raise ValueError("grad_accum_steps must be the same for all groups")
+
+    @torch._disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if self._accumulation is not None:
+            self._accumulation.attach(len(self.param_groups) - 1)
+
+    def _check_groups(self, groups: list[dict[str, Any]]) -> None:
+        super()._check_groups(groups)
+        if any(group["grad_accum_steps"] != groups[0]["grad_accum_steps"] for group in groups):
+            raise ValueError("grad_accum_steps must be the same for all groups")
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         checks.fraction("beta", group["beta"])
         k = group["grad_accum_steps"]
-        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-            raise ValueError(f"grad_accum_steps must be a whole number of at least 1, not {k!r}")
+        checks.whole("grad_accum_steps", k, 1)
         if group["lr_schedule"] is not None:
             schedules.check_schedule(group["lr_schedule"])
         ratio = group["shrink_ratio"]
@@ -146,10 +164,11 @@ class Tiger(SignOptimizer):
             checks.number("floor", group["floor"])
         if group["kind"] is not None:
             checks.one_of("kind", group["kind"], KINDS)
-        if group["lazy_momentum"] and k > 1:
+        if group["lazy_momentum"] and (k > 1 or self._accumulation is not None):
             raise ValueError(
                 "momentum decays at the first of grad_accum_steps, when it is not known which rows "
-                "the others will touch: lazy_momentum needs grad_accum_steps=1"
+                "the others will touch: lazy_momentum needs grad_accum_steps=1, and no "
+                "accumulate_in_momentum"
             )
         if group["capturable"] and (k > 1 or group["lr_schedule"] is not None):
             raise ValueError(
@@ -176,7 +195,8 @@ class Tiger(SignOptimizer):
             return Rate(lr * 0.5, decay, center=center)
         floor = group["floor"]
         if floor is None:
-            floor = (param.shape[0] / param.numel()) ** 0.5 if entry.state["zero"] else 0.0
+            zero = entry.state["zero"] and param.numel()
+            floor = (param.shape[0] / param.numel()) ** 0.5 if zero else 0.0
         relative = "rows" if kind == "embedding" else "tensor"
         return Rate(lr, group["weight_decay"], relative, floor)
 
@@ -191,13 +211,10 @@ class Tiger(SignOptimizer):
         k, self._at = group["grad_accum_steps"], group["steps"]
         if self._accumulation is not None:
             self._step_folded(self._accumulation)
-        elif k == 1:
-            if not self._step_ordinarily():
-                self._update(self._entries())
-        elif (self._at + 1) % k == 0:
-            self._update(self._entries(_is_folded), k)
-        else:
+        elif (self._at + 1) % k:
             self._micro_step(k)
+        elif k > 1 or self._open or not self._step_ordinarily():
+            self._update(self._entries(_is_folded), k)
 
     def _step_ordinarily(self) -> bool:
         """One call over lists that are made in a few microseconds; False where that cannot be."""
@@ -206,10 +223,10 @@ class Tiger(SignOptimizer):
             return False
         lr: list[Any] = []
         rates = [[], [], [], []]  # type: list[list[Any]]  # decays, relative, floors, centers
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             alpha = _times(group["lr"], self._factor(group))
             half = alpha * 0.5
-            halves, *more = self._group_rates(group)
+            halves, *more = self._group_rates(number, group)
             lr += [half if halved else alpha for halved in halves]
             for own, one in zip(rates, more, strict=True):
                 own += one
@@ -236,14 +253,15 @@ class Tiger(SignOptimizer):
             return False  # sparse gradients, several devices; or what is wrong will be said
         return True
 
-    def _group_rates(self, group: dict[str, Any]) -> list[list[Any]]:
+    def _group_rates(self, number: int, group: dict[str, Any]) -> list[list[Any]]:
         """Of each parameter: whether lr is halved, decay, what lr is relative to, floor, center."""
-        options = tuple(group[key] for key in ("kind", "relative_lr", "floor", "weight_decay"))
         params = group["params"]
-        if self._rates is None:
-            self._rates = {}
-        kept = self._rates.get(id(group))
-        if kept is None or kept[0] != options or len(kept[1][0]) != len(params):
+        options = [group[key] for key in ("kind", "relative_lr", "floor", "weight_decay")]
+        options.append(len(params))
+        if self._rates[0] is not self._looked_up:  # other parameters or states
+            self._rates = self._looked_up, {}
+        kept = self._rates[1].get(number)
+        if kept is None or kept[0] != options:
             made = [self._rate(Entry(p, None, group, self.state[p], ""), 1.0) for p in params]
             columns = [
                 [rate.lr == 0.5 for rate in made],
@@ -252,7 +270,7 @@ class Tiger(SignOptimizer):
                 [rate.floor for rate in made],
                 [rate.center for rate in made],
             ]
-            kept = self._rates[id(group)] = (options, columns)
+            kept = self._rates[1][number] = (options, columns)
         return kept[1]
 
     def _update(self, entries: list[Entry], k: int = 1) -> None:
@@ -262,70 +280,78 @@ class Tiger(SignOptimizer):
             if entry.group["lazy_rows"] and seen is not None:
                 entry.moved_rows = seen if entry.moved_rows is None else seen | entry.moved_rows
         batches = self._batches(entries, lambda entry: _what(entry, k), shrinks=True)
-        adamw_step = self._adamw(lambda param, state: _mean_gradient(param, state, k))
+        calls: list[partial[Any]] = []
         for batch in batches:
             kind, decay, share, ratio = batch.key.what
             if kind == "apply":
-                apply_momentum(
-                    batch.params,
-                    batch.momenta,
-                    **_move(batch),
-                    cache=self._cache(batch.key._replace(seed=None)),
-                )
+                calls.append(self._apply_call(batch))
                 continue
-            sign_momentum(
-                batch.params,
-                batch.grads,
-                batch.momenta,
-                coefficients=(decay, share, decay, share),
-                maximize=batch.key.maximize,
-                mask_momentum_rows=batch.key.lazy_momentum,
-                shrink=None if ratio is None else (ratio, batch.centers),
-                **_move(batch),
-                cache=self._cache(batch.key._replace(seed=None)),
+            calls.append(
+                partial(
+                    sign_momentum,
+                    batch.params,
+                    batch.grads,
+                    batch.momenta,
+                    coefficients=(decay, share, decay, share),
+                    maximize=batch.key.maximize,
+                    mask_momentum_rows=batch.key.lazy_momentum,
+                    shrink=None if ratio is None else (ratio, batch.centers),
+                    **_move(batch),
+                    cache=self._cache("update", batch.number),
+                )
             )
-        adamw_step()
-        if k > 1:
-            self._close(entries)
+        run_all(calls, self._adamw(1 / k))
+        self._close(entries)
+
+    def _apply_call(self, batch: Batch) -> partial[None]:
+        return partial(
+            apply_momentum,
+            batch.params,
+            batch.momenta,
+            **_move(batch),
+            cache=self._cache("apply", batch.number),
+        )
 
     def _micro_step(self, k: int) -> None:
         """Take in 1/k of each gradient; parameters stay, but for those that shrink."""
-        entries = self._entries()
-        batches = self._batches(entries, lambda entry: _what(entry, k), shrinks=True)
-        kept = self._adamw_gradients()
+        batches = self._batches(self._entries(), lambda entry: _what(entry, k), shrinks=True)
+        calls: list[partial[Any]] = []
         for batch in batches:
             _, decay, share, ratio = batch.key.what
             shrinking = {} if ratio is None else {
-                "params": batch.params, "shrink": (ratio, batch.centers), **batch.rounding()
+                "params": batch.params, "shrink": (ratio, batch.centers), **batch.rounding(),
+                "rows": batch.rows, "mask_momentum_rows": False,
             }  # fmt: skip
-            fold_gradients(
-                batch.momenta,
-                batch.grads,
-                decay=decay,
-                weight=share,
-                maximize=batch.key.maximize,
-                **shrinking,
-                cache=self._cache(batch.key._replace(seed=None)),
-                backend=batch.key.backend,
+            calls.append(
+                partial(
+                    fold_gradients,
+                    batch.momenta,
+                    batch.grads,
+                    decay=decay,
+                    weight=share,
+                    maximize=batch.key.maximize,
+                    **shrinking,
+                    cache=self._cache("fold", batch.number),
+                    backend=batch.key.backend,
+                )
             )
-        for entry in entries:
-            _count(entry.state, entry.moved_rows)
-        for param, state in kept:
-            assert param.grad is not None
-            share = param.grad / k
-            state["grad_sum"] = share if "grad_sum" not in state else state["grad_sum"].add_(share)
-
-    def _adamw_gradients(self) -> list[tuple[Tensor, dict[str, Any]]]:
-        found = []
-        for number, group in enumerate(self.param_groups):
-            for i, param in enumerate(group["params"] if group["algorithm"] == "adamw" else ()):
-                if param.grad is not None:
-                    adamw.check_gradient(param.grad, _where(group, number, i))
-                    found.append((param, self.state[param]))
-        return found
+        sums = [
+            (entry.state, _summed(entry, 1 / k))
+            for number in range(len(self.param_groups))
+            for entry in self._adamw_entries(number)
+        ]
+        check_all(calls)
+        self._open = True
+        for call, batch in zip(calls, batches, strict=True):
+            call()
+            for entry in batch.entries:
+                _count(entry.state, entry.moved_rows)
+        for state, total in sums:
+            state["grad_sum"] = total
 
     def _close(self, entries: list[Entry]) -> None:
         """A cycle of micro-steps is over."""
+        self._open = False
         for entry in entries:
             for key in ("folded", "rows", "lost"):
                 entry.state.pop(key, None)
@@ -348,12 +374,15 @@ class Tiger(SignOptimizer):
         assert grad is not None
         beta = group["beta"]
         noting: dict[str, Any] = {}
+        self._open = True
         if group["shrink_ratio"] is not None:
             if is_sharded(param):
                 grads = [grad]
                 spread_non_finite(mesh_of(param), grads)
                 grad = grads[0]
-            # in the parameter's place the gradient itself, which is given up after this
+            # in the parameter's place the gradient itself, which is given up after this: so it must
+            # not be an expanded or negated view
+            grad = grad.resolve_neg().contiguous()
             noting = {"params": [grad], "shrink": (1.0, 0.0)}
         lost = fold_gradients(
             [local(entry.state["exp_avg"])],
@@ -379,33 +408,42 @@ class Tiger(SignOptimizer):
         for entry in entries:
             entry.moved_rows = entry.state.get("rows")
         batches = self._batches(entries, lambda entry: ("apply", *_shrinking(entry)))
-        weight = accumulation.weight
-        adamw_step = self._adamw(
-            lambda param, state: None if param.grad is None else param.grad * weight
-        )
-        for batch in batches:
-            _, ratio, lost = batch.key.what
-            if lost[0]:
-                for param, center in zip(batch.params, batch.centers, strict=True):
-                    wide = param.to(torch.promote_types(param.dtype, torch.float32))
-                    param.copy_((wide - center) * ratio ** lost[0] + center)
-            if not lost[1]:
-                apply_momentum(
-                    batch.params,
-                    batch.momenta,
-                    **_move(batch),
-                    cache=self._cache(batch.key._replace(seed=None)),
-                )
-        adamw_step()
+        calls = [self._apply_call(batch) for batch in batches]
+        adamw_calls = self._adamw(accumulation.weight)
+        check_all(calls, alone=False)
+        for adamw_call in adamw_calls:
+            adamw_call()
+        for call, batch in zip(calls, batches, strict=True):
+            _, ratio, (times, last) = batch.key.what
+            if times:
+                self._shrink(batch, ratio**times)
+            if not last:
+                call()
         self._close(entries)
         for group in self.param_groups:
             group["steps"] += taken - 1
+
+    def _shrink(self, batch: Batch, ratio: float) -> None:
+        """Shrink the parameters whose gradients were lost. Their rates are of the new size."""
+        for i, (param, center, mask) in enumerate(
+            zip(batch.params, batch.centers, batch.rows, strict=True)
+        ):
+            wide = param.to(torch.promote_types(param.dtype, torch.float32))
+            new = (wide - center) * ratio + center
+            if mask is not None:
+                new = torch.where(mask.view(param.shape[:-1]).unsqueeze(-1), new, wide)
+            param.copy_(new)
+            batch.lr[i] = self._rate_here(batch.entries[i]).lr
 
     # --- loading -------------------------------------------------------------------------------
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._rates = None
+        self._open = self._in_cycle()
+
+    def _in_cycle(self) -> bool:
+        """Whether a cycle of micro-steps has begun, as its states have it."""
+        return any(_is_folded(state) or "grad_sum" in state for state in self.state.values())
 
     def _rest(self, saved: dict[str, Any], param: Tensor, where: str) -> dict[str, Any]:
         zero = saved.pop("zero", None)
@@ -414,15 +452,19 @@ class Tiger(SignOptimizer):
         }
         folded = saved.pop("folded", None)
         if folded is not None:
+            if not isinstance(folded, numbers.Integral) or folded < 0:
+                raise ValueError(f"the folded gradients of {where} are counted as {folded!r}")
             made["folded"] = int(folded)
         lost = saved.pop("lost", None)
         if lost is not None:
+            if not isinstance(lost, Tensor) or lost.shape != (2,):
+                raise ValueError(f"lost of {where} must be a tensor of two numbers, not {lost!r}")
             made["lost"] = lost.to(param.device, copy=True)
         mask = saved.pop("rows", None)
         if mask is not None:
             lead = local(param).shape[:-1].numel()
-            if mask.dtype != torch.bool or mask.shape != (lead,):
-                raise ValueError(f"the rows of {where} are {mask.dtype} {list(mask.shape)}")
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (lead,):
+                raise ValueError(f"rows of {where} must be a bool tensor [{lead}], not {mask!r}")
             made["rows"] = mask.to(param.device, copy=True)
         return made
 
@@ -441,10 +483,10 @@ def _what(entry: Entry, k: int) -> tuple[str, float, float, float | None]:
     return "update", decay, (1 - beta) / k, group["shrink_ratio"]
 
 
-def _shrinking(entry: Entry) -> tuple[float | None, tuple[int, int]]:
+def _shrinking(entry: Entry) -> tuple[float, tuple[int, int]]:
     """(ratio, (how many of the gradients were not finite, whether the last was))."""
-    lost = entry.state.get("lost")
-    return entry.group["shrink_ratio"], (0, 0) if lost is None else tuple(lost.tolist())
+    ratio, lost = entry.group["shrink_ratio"], entry.state.get("lost")
+    return 1.0 if ratio is None else ratio, (0, 0) if lost is None else tuple(lost.tolist())
 
 
 def _move(batch: Batch) -> dict[str, Any]:
@@ -465,12 +507,3 @@ def _count(state: dict[str, Any], moved_rows: Tensor | None) -> None:
     state["folded"] = state.get("folded", 0) + 1
     if moved_rows is not None:
         state["rows"] = state["rows"] | moved_rows if "rows" in state else moved_rows
-
-
-def _mean_gradient(param: Tensor, state: dict[str, Any], k: int) -> Tensor | None:
-    """Of AdamW's groups: what was kept of earlier micro-steps, and this one's share."""
-    kept = state.get("grad_sum")
-    if param.grad is None or k == 1:
-        return kept if param.grad is None else param.grad
-    share = param.grad / k
-    return share if kept is None else kept + share

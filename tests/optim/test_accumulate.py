@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -244,6 +246,111 @@ def test_adapters_of_a_model(via, tiny_llama):
             plain.step()
             plain.zero_grad()
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("attach_first", [False, True])
+def test_loaded_options_are_those_that_fold(attach_first):
+    nets = [nn.Linear(3, 3, bias=False, dtype=torch.float64) for _ in range(2)]
+    trained, other = (
+        Tiger(net.parameters(), beta=beta, grad_accum_steps=k)
+        for net, beta, k in zip(nets, (0.5, 0.9), (4, 2), strict=True)
+    )
+    if attach_first:
+        accumulate_in_momentum(nets[1], other)
+    other.load_state_dict(copy.deepcopy(trained.state_dict()))
+    if not attach_first:
+        accumulate_in_momentum(nets[1], other)
+    for _ in range(4):
+        nets[1](torch.ones(1, 3, dtype=torch.float64)).sum().backward()
+    assert torch.equal(
+        other.state[nets[1].weight]["exp_avg"], torch.full((3, 3), 0.5, dtype=torch.float64)
+    )
+    for group in other.param_groups:
+        group["grad_accum_steps"] = 5
+    nets[1](torch.ones(1, 3, dtype=torch.float64)).sum().backward()
+    other.step()
+    assert other.param_groups[0]["steps"] == 5
+
+
+def test_a_step_that_raises_moves_and_shrinks_nothing():
+    net = nn.Linear(3, 3)
+    optimizer = Tiger([{"params": [net.weight]}, {"params": [net.bias], "maximize": True}], lr=0.1)
+    accumulate_in_momentum(net, optimizer)
+    (net(torch.ones(1, 3)) * torch.tensor([math.nan, 1.0, 1.0])).sum().backward()
+    before = net.weight.detach().clone()
+    optimizer.param_groups[1]["backend"] = "none such"
+    for _ in range(2):
+        with pytest.raises(ValueError, match="unknown backend"):
+            optimizer.step()
+        assert torch.equal(net.weight, before)
+    optimizer.param_groups[1]["backend"] = None
+    optimizer.step()
+    torch.testing.assert_close(net.weight.data, 0.99 * before)
+
+
+def test_after_an_error_in_the_block_plain_steps_go_on():
+    net = nn.Linear(3, 3, bias=False)
+    optimizer = Tiger(net.parameters(), beta=0.5)
+    with pytest.raises(KeyError), accumulate_in_momentum(net, optimizer):
+        net(torch.ones(1, 3)).sum().backward()
+        raise KeyError
+    for expected in (1.0, 1.0):  # a half, and a half of the first plain one; then their mean
+        net.zero_grad()
+        net(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        assert optimizer.state[net.weight]["exp_avg"].eq(expected).all()
+    accumulate_in_momentum(net, optimizer).detach()
+
+
+def test_hooks_keep_neither_model_nor_optimizer():
+    net = nn.Linear(3, 3)
+    optimizer = Tiger(net.parameters())
+    accumulate_in_momentum(net, optimizer)  # the optimizer keeps it
+    net(torch.ones(1, 3)).sum().backward()
+    assert net.weight.grad is None
+    optimizer.step()
+    gone = [weakref.ref(net.weight), weakref.ref(optimizer)]
+    del net, optimizer
+    gc.collect()
+    assert [each() for each in gone] == [None, None]
+
+
+def test_a_group_added_later_is_folded_too():
+    net = nn.Sequential(nn.Linear(3, 3, bias=False))
+    optimizer = Tiger(net.parameters(), grad_accum_steps=2)
+    handle = accumulate_in_momentum(net, optimizer)
+    net.append(nn.Linear(3, 3, bias=False))
+    optimizer.add_param_group({"params": net[1].parameters()})
+    before = net[1].weight.detach().clone()
+    for _ in range(2):
+        net(torch.ones(1, 3)).sum().backward()
+        assert net[1].weight.grad is None
+    optimizer.step()
+    assert not torch.equal(net[1].weight, before)
+    with pytest.raises(ValueError, match="lazy_momentum needs"):
+        more = {"params": [nn.Parameter(torch.ones(2, 2))], "lazy_rows": True}
+        optimizer.add_param_group({**more, "lazy_momentum": True})
+    handle.detach()
+    net(torch.ones(1, 3)).sum().backward()
+    assert net[1].weight.grad is not None
+
+
+def test_detaching_makes_no_states():
+    net = model()
+    optimizer = Tiger(net.parameters())
+    accumulate_in_momentum(net, optimizer).detach()
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("view", [lambda t: t[:1].expand(3), torch._neg_view])
+def test_gradients_given_by_hand_may_be_views(view):
+    p = nn.Parameter(torch.zeros(3))
+    optimizer = Tiger([p], beta=0.5)
+    accumulate_in_momentum(nn.ParameterList([p]), optimizer)
+    p.grad = view(torch.ones(3))
+    wanted = 0.5 * p.grad.clone()
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["exp_avg"], wanted)
 
 
 # --- refusals ----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastlora.nn import TiedHead
-from fastlora.optim import Lion, Tiger, param_groups
+from fastlora.optim import Lion, Tiger, accumulate_in_momentum, param_groups
 
 V, D = 12, 4
 SEEN = [1, 3, 4]
@@ -149,6 +149,24 @@ def test_adamw_for_the_embedding_beside_signs_elsewhere(cls):
     )
     # a row without gradients stays but for its decay
     assert torch.allclose(both[0].weight[0], 0.999**8 * build()[0].weight[0])
+
+
+@pytest.mark.parametrize("how", ["one", "micro", "folded"])
+def test_rows_without_a_gradient_do_not_shrink(how):
+    """With lazy_rows a gradient that is not finite shrinks the rows it touches alone."""
+    net = embedding()
+    before = net.weight.detach().clone()
+    optimizer = Tiger(
+        [{"params": net.parameters(), "kind": "embedding", "lazy_rows": True}],
+        grad_accum_steps=1 if how == "one" else 2, weight_decay=0.0, lr=0.0, shrink_ratio=0.5,
+    )  # fmt: skip
+    if how == "folded":
+        accumulate_in_momentum(net, optimizer)
+    (net(torch.tensor([2])).sum() * float("nan")).backward()
+    optimizer.step()
+    expected = before.clone()
+    expected[2] *= 0.5
+    assert torch.equal(net.weight.data, expected)
 
 
 def test_a_tied_head_keeps_every_row_in_motion():

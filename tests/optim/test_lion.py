@@ -232,6 +232,8 @@ def test_autograd_still_refuses_a_graph_over_changed_parameters():
         ({"lr": float("inf")}, "lr must be a finite number"),
         ({"lr": torch.tensor(float("nan"))}, "lr must be a finite number"),
         ({"lr": torch.ones(2)}, "one floating-point number"),
+        ({"lr": torch.tensor([1e-3])}, "have no axes"),
+        ({"stochastic_rounding": True, "seed": None}, "seed must be a whole number"),
         ({"betas": (1.0, 0.9)}, r"betas must be in \[0, 1\)"),
         ({"betas": (0.9, -0.1)}, r"betas must be in \[0, 1\)"),
         ({"betas": (0.9, float("nan"))}, r"betas must be in \[0, 1\)"),
@@ -257,6 +259,7 @@ def test_refused_options(options, expected):
         (nn.Parameter(torch.zeros(2, dtype=torch.complex64)), "complex"),
         (torch.zeros(2, dtype=torch.int64), "int64"),
         (torch.eye(2).to_sparse(), "sparse"),
+        (torch._neg_view(torch.ones(2)), "negated view"),
         ("x", "not a tensor"),
     ],
 )
@@ -295,9 +298,29 @@ def on_another_device(optimizer, params):
     state["exp_avg"] = state["exp_avg"].to("meta")
 
 
+def freed_gradient(optimizer, params):
+    params[-1].grad.untyped_storage().resize_(0)
+
+
+def freed_momentum(optimizer, params):
+    optimizer.state[params[-1]]["exp_avg"].untyped_storage().resize_(0)
+
+
+def no_such_backend(optimizer, params):
+    optimizer.param_groups[1]["backend"] = "none such"
+
+
+def twice_the_memory(optimizer, params):
+    optimizer.state[params[-1]]["exp_avg"] = params[-1].data
+
+
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
+        (freed_gradient, "memory of the gradient of parameter 1 of group 1 has been freed"),
+        (freed_momentum, "memory of the momentum of parameter 1 of group 1 has been freed"),
+        (no_such_backend, "unknown backend"),
+        (twice_the_memory, "occurs twice"),
         (broken_lr, "lr must be"),
         (resized, "resized"),
         (stale_gradient, "but its (momentum|gradient)"),
@@ -319,6 +342,20 @@ def test_a_step_that_raises_changes_nothing(spoil, expected):
         optimizer.step()
     assert all(torch.equal(now, then) for now, then in kept)
     assert optimizer.param_groups[0]["steps"] == 2
+
+
+def test_what_is_wrong_with_adamws_changes_no_other_group():
+    params = parameters(shapes=[(4,), (4,)])
+    optimizer = Lion([{"params": params[:1]}, {"params": params[1:], "algorithm": "adamw"}])
+    give(params, 0)
+    optimizer.step()
+    params[1].grad = None
+    params[1].data = torch.zeros(6)
+    give(params, 1)
+    before = params[0].detach().clone()
+    with pytest.raises(ValueError, match=r"has shape \[6\] but its exp_avg \[4\]"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
 
 
 @pytest.mark.parametrize("spoil", [resized, stale_gradient, freed], ids=lambda f: f.__name__)
@@ -346,3 +383,28 @@ def test_a_momentum_that_was_replaced_is_the_one_that_is_used():
         before = p.detach().clone()
         optimizer.step()
         torch.testing.assert_close(p.data, before - 0.1 * m.sign())
+
+
+def test_numbers_of_numpy_and_an_empty_group():
+    numpy = pytest.importorskip("numpy")
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = Lion(
+        [{"params": []}, {"params": [p]}], lr=numpy.float32(0.5), stochastic_rounding=True
+    )
+    for step in (1, 2):
+        p.grad = torch.ones(4)
+        optimizer.step()
+        assert p.tolist() == [-0.5 * step] * 4
+
+
+def test_betas_that_change_at_every_step_keep_no_memory():
+    a, b = parameters(shapes=[(4,), (4,)])
+    optimizer = Lion([{"params": [a]}, {"params": [b]}])
+    kept = []
+    for step in range(6):
+        give([a, b], step)
+        for number, group in enumerate(optimizer.param_groups):
+            group["betas"] = (0.9 - 0.01 * step, 0.9 + 0.01 * number)
+        optimizer.step()
+        kept.append(len(optimizer._caches))
+    assert kept[-1] == kept[0]

@@ -187,9 +187,24 @@ def another_algorithm(state):
     state["param_groups"][0]["algorithm"] = "adamw"
 
 
+def no_groups(state):
+    del state["param_groups"]
+
+
+def no_params(state):
+    del state["param_groups"][0]["params"]
+
+
+def not_a_count(state):
+    state["param_groups"][0]["steps"] = "x"
+
+
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
+        (no_groups, "the state has no param_groups"),
+        (no_params, "a group of the state has no params"),
+        (not_a_count, "steps must be a whole number of at least 0"),
         (other_shape, r"momentum of parameter 0 of group 0 has shape \[64, 80\]"),
         (fewer_parameters, r"groups of \[1\] parameters, this optimizer of \[2\]"),
         (two_groups, r"groups of \[2, 0\] parameters"),
@@ -219,3 +234,33 @@ def test_what_does_not_fit_changes_nothing(make, spoil, expected):
     for i in range(2):
         assert torch.equal(after["state"][i]["exp_avg"], before["state"][i]["exp_avg"])
     assert not optimizer._optimizer_load_state_dict_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("folded", "x", "folded gradients of parameter 0 of group 0 are counted as 'x'"),
+        ("lost", [1, 0], "lost of parameter 0 of group 0 must be a tensor"),
+        ("lost", torch.zeros(5), "lost of parameter 0 of group 0 must be a tensor"),
+        ("rows", [True], "rows of parameter 0 of group 0 must be a bool tensor"),
+    ],
+)
+def test_what_tiger_keeps_within_a_cycle_is_checked(key, value, expected):
+    params = parameters()
+    state = lion_pytorch(params, momenta(params))
+    state["param_groups"][0] = {"params": [0, 1]}
+    state["state"][0][key] = value
+    with pytest.raises(ValueError, match=expected):
+        Tiger(params).load_state_dict(state)
+
+
+def test_groups_that_would_count_apart_are_refused():
+    params = parameters()
+    optimizer = Tiger([{"params": [p]} for p in params], grad_accum_steps=2)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][1]["grad_accum_steps"] = 3
+    with pytest.raises(ValueError, match="same for all groups"):
+        optimizer.load_state_dict(state)
+    optimizer.param_groups[1]["grad_accum_steps"] = 3
+    with pytest.raises(ValueError, match="same for all groups"):
+        optimizer.step()

@@ -270,6 +270,111 @@ def test_groups_count_together():
     assert optimizer.param_groups[1]["steps"] == 1
 
 
+def test_a_micro_step_that_raises_takes_in_nothing():
+    p, q = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    optimizer = Tiger([{"params": [p]}, {"params": [q], "maximize": True}], grad_accum_steps=2)
+    give((p, q), (torch.ones(3), torch.ones(3)))
+    q.grad.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="has been freed"):
+        optimizer.step()
+    assert not optimizer.state[p]["exp_avg"].any() and "folded" not in optimizer.state[p]
+
+
+def test_a_cycle_left_open_is_closed_by_the_next_step():
+    p, adam = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    optimizer = Tiger(
+        [{"params": [p]}, {"params": [adam], "algorithm": "adamw"}], beta=0.5, grad_accum_steps=4
+    )
+    give((p, adam), (torch.ones(3), torch.ones(3)))
+    optimizer.step()
+    for group in optimizer.param_groups:
+        group["grad_accum_steps"] = 1
+    means = []
+    for _ in range(3):
+        give((p, adam), (torch.ones(3), torch.ones(3)))
+        optimizer.step()
+        means.append(float(optimizer.state[p]["exp_avg"][0]))
+    assert means == [0.625, 0.8125, 0.90625]  # 1/8 + 1/2, then halfway to 1 each time
+    assert "folded" not in optimizer.state[p] and "grad_sum" not in optimizer.state[adam]
+
+
+def test_also_by_a_step_of_plain_parameters_alone_and_after_loading():
+    p = nn.Parameter(torch.zeros(3))
+    split = Tiger([p], beta=0.5, grad_accum_steps=2)
+    p.grad = torch.ones(3)
+    split.step()
+    state = split.state_dict()
+    state["param_groups"][0]["grad_accum_steps"] = 1
+    optimizer = Tiger([p], beta=0.5)
+    optimizer.load_state_dict(state)
+    for expected in (0.75, 0.875):
+        optimizer.step()
+        assert float(optimizer.state[p]["exp_avg"][0]) == expected
+
+
+def test_a_state_of_adamw_saved_after_the_first_micro_step():
+    nets = [nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    both = [
+        Tiger(param_groups(net, embedding={"algorithm": "adamw"}), grad_accum_steps=2)
+        for net in nets
+    ]
+    nets[0](torch.tensor([1, 2])).sum().backward()
+    both[0].step()
+    both[1].load_state_dict(both[0].state_dict())
+    for net, optimizer in zip(nets, both, strict=True):
+        optimizer.zero_grad()
+        net(torch.tensor([3])).sum().backward()
+        optimizer.step()
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_rates_follow_other_parameters_and_states():
+    p = nn.Parameter(torch.randn(8, 8))
+    optimizer = Tiger([p], lr=0.1, weight_decay=0.0)
+
+    def moved(param):
+        before = param.detach().clone()
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        return float((before - param.detach()).max())
+
+    for _ in range(2):
+        moved(p)
+    with torch.no_grad():
+        p.zero_()
+    optimizer.state.clear()  # zero at its first step now: it has a floor
+    for _ in range(3):
+        assert moved(p) == pytest.approx(0.1 / 8**0.5, rel=1e-3)
+    q = nn.Parameter(torch.randn(8))
+    optimizer.param_groups[0]["params"][0] = q
+    optimizer.state.clear()
+    for _ in range(3):
+        assert moved(q) == pytest.approx(0.05, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", [None, "embedding"])
+@pytest.mark.parametrize("shape", [(4, 0), (0, 4), (0,), (0, 0)])
+def test_empty_tensors(shape, kind):
+    p, q = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.ones(2, 2))
+    optimizer = Tiger([{"params": [p, q], "kind": kind}], lr=0.5, weight_decay=0.0)
+    for _ in range(2):
+        give((p, q), (torch.zeros(shape), torch.ones(2, 2)))
+        optimizer.step()
+    torch.testing.assert_close(q.data, torch.full((2, 2), 0.25))
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "8bit"])
+def test_micro_steps_of_float64_without_the_nan_rule(state_dtype):
+    p = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    optimizer = Tiger([p], grad_accum_steps=2, shrink_ratio=None, state_dtype=state_dtype)
+    for _ in range(2):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert (p < 0).all()
+
+
 # --- schedule -----------------------------------------------------------------------------------
 
 

@@ -48,6 +48,7 @@ def sign_momentum(
     seed: int | None = None,
     cache: SignMomentumCache | None = None,
     backend: str | None = None,
+    check_only: bool = False,
 ) -> Tensor | None:
     """One step of Lion or Tiger on a list of tensors, in place, in one pass over memory.
 
@@ -86,6 +87,7 @@ def sign_momentum(
             its bits from (seed, j, i). Take another one for every step.
         cache: of the caller's own.
         backend: 'triton', 'native' or 'eager'; None chooses (see ``fastlora.explain``).
+        check_only: raise what the call would raise, and write nothing; returns None.
 
     Returns:
         With ``shrink`` a bool tensor, one element per tensor: whether its gradient was not finite.
@@ -95,7 +97,8 @@ def sign_momentum(
         ValueError: lengths, shapes or devices that do not fit, a tensor that occurs twice or
             overlaps itself, lr or weight_decay negative or not finite, betas outside [0, 1], a
             missing seed.
-        TypeError: complex, integer, sparse or otherwise unknown tensors.
+        TypeError: complex, integer, sparse or otherwise unknown tensors; a parameter or momentum
+            with torch's lazy negation (``is_neg()``).
         BackendError: the backend asked for cannot run this call.
     """
     n = len(momenta)
@@ -115,7 +118,7 @@ def sign_momentum(
         rows=_rows(rows, momenta), mask_momentum=mask_momentum_rows,
         shrink=ratio, centers=centers, skip=None, moves=True, seed=_seed(rounding, seed),
     )  # fmt: skip
-    return _run("sign_momentum", job, cache, backend)
+    return _run("sign_momentum", job, cache, backend, check_only)
 
 
 def fold_gradients(
@@ -126,12 +129,14 @@ def fold_gradients(
     weight: float,
     maximize: bool = False,
     rows: Sequence[Tensor | None] | None = None,
+    mask_momentum_rows: bool = True,
     params: Sequence[Tensor] | None = None,
     shrink: tuple[float, float | Sequence[float]] | None = None,
     rounding: str = "nearest",
     seed: int | None = None,
     cache: SignMomentumCache | None = None,
     backend: str | None = None,
+    check_only: bool = False,
 ) -> Tensor | None:
     """m ← decay·m + weight·g on a list of tensors, in place: a micro-step of Tiger's accumulation.
 
@@ -140,8 +145,10 @@ def fold_gradients(
     pass, with ``sign_momentum``'s coefficients).
 
     Args:
-        momenta, grads, maximize, cache, backend: as in ``sign_momentum``.
-        rows: as there; rows whose mask is False keep their momentum.
+        momenta, grads, maximize, cache, backend, check_only: as in ``sign_momentum``; without
+            params, float64 gradients of any momentum.
+        rows, mask_momentum_rows: as there; but rows whose mask is False keep their momentum unless
+            ``mask_momentum_rows`` is False: then rows only say what of a parameter shrinks.
         params, shrink, rounding, seed: only together: a tensor whose gradient is not finite keeps
             its momentum, and its parameter shrinks at once.
 
@@ -156,10 +163,10 @@ def fold_gradients(
         weight = -weight
     job = Job(
         params, grads, momenta, decay, weight, decay, weight, (), (), (), None,
-        rows=_rows(rows, momenta), mask_momentum=True,
+        rows=_rows(rows, momenta), mask_momentum=mask_momentum_rows,
         shrink=ratio, centers=centers, skip=None, moves=False, seed=_seed(rounding, seed),
     )  # fmt: skip
-    return _run("fold_gradients", job, cache, backend)
+    return _run("fold_gradients", job, cache, backend, check_only)
 
 
 def apply_momentum(
@@ -176,6 +183,7 @@ def apply_momentum(
     seed: int | None = None,
     cache: SignMomentumCache | None = None,
     backend: str | None = None,
+    check_only: bool = False,
 ) -> None:
     """θ ← θ − η(sign(m) + λθ) on a list of tensors, in place: the step after ``fold_gradients``.
 
@@ -188,13 +196,14 @@ def apply_momentum(
         params, None, momenta, 1.0, 0.0, 1.0, 0.0,
         *_step(lr, weight_decay, floor, relative, len(momenta)),
         rows=_rows(rows, momenta), mask_momentum=False,
-        shrink=None, centers=None, skip=skip, moves=True, seed=_seed(rounding, seed),
+        shrink=None, centers=None, skip=None if skip is None else skip.contiguous(), moves=True,
+        seed=_seed(rounding, seed),
     )  # fmt: skip
-    _run("apply_momentum", job, cache, backend)
+    _run("apply_momentum", job, cache, backend, check_only)
 
 
 def _run(
-    name: str, job: Job, cache: SignMomentumCache | None, backend: str | None
+    name: str, job: Job, cache: SignMomentumCache | None, backend: str | None, check_only: bool
 ) -> Tensor | None:
     n = len(job.momenta)
     for kind, tensors in (("params", job.params), ("grads", job.grads)):
@@ -203,15 +212,21 @@ def _run(
     if not n:
         return torch.zeros(0, dtype=torch.bool, device="cpu") if job.shrink is not None else None
     _check_masks(job)
+    if job.grads is not None and any(map(Tensor.is_neg, job.grads)):
+        job.grads = [grad.resolve_neg() for grad in job.grads]
     module = _backend.select(name, BACKENDS, job.momenta[0].device, torch.float32, backend)
     cache = cache or SignMomentumCache()
     kept = cache.table if cache.module is module else None
+    if kept is None:
+        _check_signs(job)
     table = module.read(job, kept)
     if table is None:
         dtype = _check(job)
         module = _backend.select(name, BACKENDS, job.momenta[0].device, dtype, backend)
         table = module.read(job, None, checked=True)
     cache.module, cache.table = module, table
+    if check_only:
+        return None
     return module.update(job, table)
 
 
@@ -227,6 +242,17 @@ def _check_masks(job: Job) -> None:
     for i, mask in enumerate(job.rows or ()):
         if mask is not None and mask.device != device:
             raise ValueError(f"rows[{i}] is on {mask.device}, not on {device}")
+
+
+def _check_signs(job: Job) -> None:
+    """Raises where memory holds the negative of what a tensor is, as kernels read memory."""
+    for kind, tensors in (("params", job.params or ()), ("momenta", job.momenta)):
+        for i, tensor in enumerate(tensors):
+            if isinstance(tensor, Tensor) and tensor.is_neg():
+                raise TypeError(
+                    f"{kind}[{i}] is a negated view (is_neg), which cannot be updated in place: "
+                    "pass its resolve_neg()"
+                )
 
 
 def _check(job: Job) -> torch.dtype:
@@ -249,12 +275,15 @@ def _check(job: Job) -> torch.dtype:
             written.append(("params", param))
         if job.grads is not None:
             grad = job.grads[i]
-            if grad.dtype not in PARAMS or (grad.dtype == torch.float64 and not wide):
+            double = grad.dtype == torch.float64
+            if grad.dtype not in PARAMS or (double and not wide and job.params is not None):
                 raise TypeError(
                     f"grads[{i}] is {grad.dtype}; gradients are floating tensors, and float64 only "
                     "where their parameters are"
                 )
             _like(f"grads[{i}]", grad, kept.shape, device)
+            if double:
+                widest = torch.float64
         if wide:
             widest = torch.float64
         for kind, tensor in written:

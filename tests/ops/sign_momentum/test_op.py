@@ -140,3 +140,57 @@ def test_refused_tensors(kind, backend):
     with pytest.raises((ValueError, TypeError)):
         sign_momentum(given, grads, momenta, lr=0.1, betas=(0.9, 0.99), backend=backend)
     assert held(params, momenta) == before
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_check_only_writes_nothing_and_raises_all_the_same(backend):
+    params, momenta = lists(shapes=[(4, 4), (3,)])
+    grads = [torch.ones(4, 4), torch.ones(3)]
+    before = held(params, momenta)
+    options = {"check_only": True, "backend": backend}
+    assert sign_momentum(params, grads, momenta, lr=0.1, betas=(0.9, 0.99), **options) is None
+    fold_gradients(momenta, grads, decay=0.5, weight=0.5, **options)
+    apply_momentum(params, momenta, lr=0.1, **options)
+    with pytest.raises(ValueError, match="shape"):
+        fold_gradients(momenta, [grads[0], torch.ones(4)], decay=0.5, weight=0.5, **options)
+    assert held(params, momenta) == before
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_lazily_negated_tensors(backend):
+    """torch's negative bit: the memory of such a tensor holds its negative."""
+    params, momenta = [torch.zeros(3)], [torch.zeros(3)]
+    negated = torch._neg_view(torch.full((3,), -1.0))
+    options = {"lr": 0.5, "betas": (0.5, 0.5), "backend": backend}
+    sign_momentum(params, [negated], momenta, **options)
+    assert params[0].tolist() == [-0.5] * 3 and momenta[0].tolist() == [0.5] * 3
+    for given in (([negated], momenta), (params, [negated])):
+        with pytest.raises(TypeError, match="negated view"):
+            sign_momentum(given[0], [torch.ones(3)], given[1], **options)
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_a_strided_skip(backend):
+    params, momenta = [torch.zeros(3) for _ in range(3)], [torch.ones(3) for _ in range(3)]
+    skip = torch.tensor([True, False, False, False, True, False])[::2]
+    apply_momentum(params, momenta, lr=1.0, skip=skip, backend=backend)
+    assert [float(p[0]) for p in params] == [0.0, -1.0, 0.0]
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_rows_of_what_shrinks_may_be_others_than_of_momentum(backend):
+    params, momenta = [torch.ones(3, 2), torch.ones(3, 2)], [torch.ones(3, 2), torch.ones(3, 2)]
+    grads = [torch.full((3, 2), float("nan")), torch.zeros(3, 2)]
+    mask = torch.tensor([False, True, False])
+    fold_gradients(
+        momenta, grads, decay=0.5, weight=1.0, params=params, shrink=(0.5, 0.0),
+        rows=[mask, mask], mask_momentum_rows=False, backend=backend,
+    )  # fmt: skip
+    assert params[0][:, 0].tolist() == [1.0, 0.5, 1.0] and torch.equal(params[1], torch.ones(3, 2))
+    assert momenta[0].eq(1.0).all() and momenta[1].eq(0.5).all()
+
+
+def test_float64_gradients_are_folded_into_any_momentum():
+    momenta = [torch.zeros(3), torch.zeros(3, dtype=torch.bfloat16)]
+    fold_gradients(momenta, [torch.ones(3, dtype=torch.float64)] * 2, decay=1.0, weight=0.5)
+    assert all(m.eq(0.5).all() for m in momenta)
