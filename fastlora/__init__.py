@@ -1,5 +1,6 @@
 """fastlora: every LoRA-family method at nearly the cost of the frozen layer."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastlora import adapters, nn, ops
@@ -23,6 +24,8 @@ from fastlora.ops import adapter_linear, explain
 from fastlora.ops.backend import BackendError, FallbackWarning, use_backend
 
 if TYPE_CHECKING:
+    from fastlora import methods as methods
+    from fastlora import optim as optim
     from fastlora.integrations.peft import accelerate as accelerate
     from fastlora.integrations.peft import restore as restore
 
@@ -52,9 +55,15 @@ __all__ = [
 ]
 
 
+_MODULES = ("methods", "optim")
+_OF_PEFT = ("accelerate", "restore")
+
+
 def __getattr__(name: str) -> Any:
-    """``accelerate`` and ``restore`` bring peft in only when they are used."""
-    if name in ("accelerate", "restore"):
+    """What is brought in only when it is used: ``accelerate`` and ``restore`` need peft."""
+    if name in _MODULES:
+        return import_module(f"fastlora.{name}")
+    if name in _OF_PEFT:
         try:
             from fastlora.integrations import peft
         except ImportError as error:
@@ -63,3 +72,7 @@ def __getattr__(name: str) -> Any:
             ) from error
         return getattr(peft, name)
     raise AttributeError(f"module 'fastlora' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES, *_OF_PEFT})

@@ -72,8 +72,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
 
     Raises, before anything has changed: FileNotFoundError for a missing folder or file; ValueError
     for a file that is truncated or no LoRA, AdaLoRA or VeRA adapter, for options that only peft
-    has, and for keys that are missing, left over, of another shape or not finite (the message
-    names them).
+    has, for keys that are missing, left over, of another shape or not finite (the message names
+    them), and for a model on the meta device.
     """
     folder, model = Path(folder), unwrap(model)
     config = read_config(folder)
@@ -164,6 +164,10 @@ def _check_tensors(places: dict[str, Tensor], tensors: dict[str, Tensor], folder
             raise ValueError(f"{folder / WEIGHTS_NAME} {what} {keys[0]}{more}")
     for key, place in places.items():
         tensor = tensors[key]
+        if place.is_meta:
+            raise ValueError(
+                f"{key} has no memory to be loaded into: the model is on the meta device"
+            )
         if tensor.shape != place.shape:
             raise ValueError(
                 f"{key} has shape {list(tensor.shape)}; this model takes {list(place.shape)}"

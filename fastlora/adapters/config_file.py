@@ -62,16 +62,16 @@ def read_config(folder: str | os.PathLike[str]) -> AdapterConfig:
         raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}; is it an adapter's folder?")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # no JSON, no UTF-8, or a number of thousands of digits
         raise ValueError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold an object, not a {type(raw).__name__}")
     kinds = {kind.peft_type: kind for kind in CONFIGS}
-    kind = kinds.get(raw.get("peft_type", ""))
+    peft_type = raw.get("peft_type")
+    kind = kinds.get(peft_type) if isinstance(peft_type, str) else None
     if kind is None:
         raise ValueError(
-            f"{path}: peft_type {raw.get('peft_type')!r} is none of {', '.join(kinds)}; load it "
-            "in peft"
+            f"{path}: peft_type {peft_type!r} is none of {', '.join(kinds)}; load it in peft"
         )
     if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
         raise ValueError(
@@ -93,6 +93,8 @@ def read_config(folder: str | os.PathLike[str]) -> AdapterConfig:
         return kind(**options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
+    except OverflowError as error:
+        raise ValueError(f"{path} holds a number that is too large for a float") from error
 
 
 def describe(model: nn.Module, found: list[tuple[str, AdaptedLayer]]) -> dict[str, Any]:
@@ -127,7 +129,7 @@ def settings(layer: AdaptedLayer) -> dict[str, Any]:
     if isinstance(layer, AdaLoRALinear):
         return {
             "init_r": layer.init_r,
-            "lora_alpha": float(layer.lora_alpha),
+            "lora_alpha": _adalora_alpha(layer),
             "rank_mask": list(layer.rank_mask),
         }
     own: Any = layer
@@ -147,7 +149,7 @@ def settings_of(config: AdapterConfig, name: str) -> dict[str, Any]:
     if isinstance(config, AdaLoRAConfig):
         return {
             "init_r": config.init_r,
-            "lora_alpha": float(config.lora_alpha),
+            "lora_alpha": _adalora_alpha(config),
             "rank_mask": config.mask_of(name) or [True] * config.init_r,
         }
     assert isinstance(config, LoRAConfig)
@@ -158,6 +160,12 @@ def settings_of(config: AdapterConfig, name: str) -> dict[str, Any]:
         "use_dora": config.use_dora,
         "lora_bias": config.lora_bias,
     }
+
+
+def _adalora_alpha(of: AdaLoRALinear | AdaLoRAConfig) -> float:
+    """α with init_r in the place of one that is not above 0. peft puts a layer's rank there, which
+    in a file with a rank_pattern is no longer the initial one that the layer was trained with."""
+    return float(of.lora_alpha if of.lora_alpha > 0 else of.init_r)
 
 
 def _kind(layer: AdaptedLayer) -> str:

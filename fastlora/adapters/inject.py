@@ -24,7 +24,8 @@ def inject(model: nn.Module, config: AdapterConfig) -> Report:
 
     The new layers hold the old ones' own weights, so this takes no memory beyond the adapters, and
     every key of the base's state dict stays. Linears that read one input (q, k and v; gate and up)
-    are computed together.
+    are computed together, and have one backward: going backward through q alone, and later through
+    k, takes ``retain_graph=True`` the first time.
 
     ``config`` is a ``LoRAConfig``, an ``AdaLoRAConfig`` or a ``VeRAConfig``. A start that takes
     its part out of the base weights (init_lora_weights="pissa") writes them once, at the end, in
@@ -142,9 +143,14 @@ def unload(model: nn.Module) -> None:
     are dropped, and what PiSSA or LoRA-GA had taken out of a weight for them returns into it, which
     is then to within a rounding what it was.
 
-    Raises ValueError if the model has no adapter of ours.
+    Raises ValueError if the model has no adapter of ours, or is itself an adapted layer.
     """
     model = unwrap(model)
+    if isinstance(model, AdaptedLayer):
+        raise ValueError(
+            "the model is itself an adapted layer, which cannot be replaced inside itself; use its "
+            "put_back (unless it is merged) and plain"
+        )
     replaced: dict[int, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, AdaptedLayer):

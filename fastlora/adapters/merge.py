@@ -15,8 +15,8 @@ def merge(model: nn.Module) -> None:
     """Put every adapter into its base weight, in place; all of them or, on an error, none.
 
     Raises ValueError if the model has no adapter of ours, if an adapter holds non-finite values
-    or has no place in its base, or if a base weight is tied to another module (which would change
-    with it); RuntimeError if a layer is merged already.
+    or has no place in its base, or if a base weight, or a bias that is to change, is tied to
+    another module (which would change with it); RuntimeError if a layer is merged already.
     """
     layers = _adapted(model)
     owners: dict[int, list[str]] = {}
@@ -27,12 +27,15 @@ def merge(model: nn.Module) -> None:
     for name, layer in layers:
         if layer.merged:
             raise RuntimeError(f"{name} is merged already")
-        if len(tied := owners[id(layer.weight)]) > 1:
-            raise ValueError(f"{name} shares its weight with {', '.join(set(tied) - {name})}")
         if reason := layer.cannot_merge():
             raise ValueError(f"the adapter of {name} cannot be merged: {reason}")
-        for part in layer.tensors().values():
-            if not torch.isfinite(part).all():
+        tensors = layer.tensors()
+        changed = ("weight", "bias") if "lora_B.bias" in tensors else ("weight",)
+        for part in changed:
+            if len(tied := owners[id(getattr(layer, part))]) > 1:
+                raise ValueError(f"{name} shares its {part} with {', '.join(set(tied) - {name})}")
+        for tensor in tensors.values():
+            if not torch.isfinite(tensor).all():
                 raise ValueError(f"the adapter of {name} holds non-finite values")
     done: list[AdaptedLayer] = []
     try:

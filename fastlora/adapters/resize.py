@@ -55,7 +55,7 @@ def resize(
     merged weight; the energy is that of BA, not of DoRA's whole change.
 
     Parameters stay the same objects with other shapes: make optimizers, and methods attached to
-    them, anew.
+    them, anew. What interrupts it, an exception of any kind, finds the model as it was.
 
     Returns each layer's rank by its name.
 
@@ -95,42 +95,68 @@ def resize(
             for index, (layer, r) in enumerate(zip(group, ranks, strict=True))
             if r < layer.r
         ]
-    for plan in planned:
-        plan.carry_out()
-    return {layer.name: layer.module.r for layer in found}  # type: ignore[misc]
+    before = [_Plan.back(plan.layer) for plan in planned]
+    try:
+        for plan in planned:
+            plan.carry_out()
+        return {layer.name: layer.module.r for layer in found}  # type: ignore[misc]
+    except BaseException:
+        for plan in before:
+            plan.carry_out()
+        raise
 
 
 class _Plan(NamedTuple):
-    """New factors, in the shapes and dtype of the old ones."""
+    """What a layer is to have: factors in the shapes and dtype of its own, and what goes with
+    them."""
 
     layer: AdapterLayer
     lora_A: Tensor
     lora_B: Tensor
+    lora_alpha: float
+    scaling: float
+    gradients: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    @classmethod
+    def back(cls, layer: AdapterLayer) -> _Plan:
+        """To what it has now."""
+        module: Any = layer.module
+        A, B = layer.lora_A, layer.lora_B
+        return cls(
+            layer, A.detach(), B.detach(), module.lora_alpha, module.scaling, (A.grad, B.grad)
+        )
 
     @classmethod
     def of(cls, layer: AdapterLayer, left: Tensor, right: Tensor) -> _Plan:
         """``left`` [N, r], ``right`` [r, K]."""
-        A, B = layer.lora_A, layer.lora_B
+        module: Any = layer.module
+        A, B, r = layer.lora_A, layer.lora_B, len(right)
         one = (1,) * (B.dim() - 2)
+        ratio = r / module.r
+        lora_alpha = module.lora_alpha * (math.sqrt(ratio) if module.use_rslora else ratio)
         return cls(
             layer,
             right.to(A.dtype).reshape(-1, *A.shape[1:]),
             left.to(B.dtype).reshape(len(B), -1, *one),
+            lora_alpha,
+            lora_alpha / (math.sqrt(r) if module.use_rslora else r),
         )
 
     def carry_out(self) -> None:
         module: Any = self.layer.module
-        r = len(self.lora_A)
-        ratio = r / module.r
-        module.lora_alpha *= math.sqrt(ratio) if module.use_rslora else ratio
-        module.scaling = module.lora_alpha / (math.sqrt(r) if module.use_rslora else r)
-        module.r = r
-        for old, new in ((self.layer.lora_A, self.lora_A), (self.layer.lora_B, self.lora_B)):
+        module.r = r = len(self.lora_A)
+        module.lora_alpha, module.scaling = self.lora_alpha, self.scaling
+        for old, new, gradient in zip(
+            (self.layer.lora_A, self.layer.lora_B),
+            (self.lora_A, self.lora_B),
+            self.gradients,
+            strict=True,
+        ):
             # The parameter stays: an optimizer with moments for it then fails, where it would go on
             # stepping a parameter that nobody uses. Another dtype in between makes autograd forget
             # the shape it knows if a graph is alive.
             old.data = new.new_empty(0, dtype=torch.complex64)
-            old.data, old.grad = new, None
+            old.data, old.grad = new, gradient
         if self.layer.kind == "linear":
             module.lora_A.out_features = module.lora_B.in_features = r
         elif self.layer.kind == "conv":

@@ -12,14 +12,21 @@ from torch.utils.hooks import RemovableHandle
 
 from fastlora.adapters.config import AdaLoRAConfig
 from fastlora.adapters.view import AdapterLayer, is_peft_layer, layers, unwrap
-from fastlora.methods.hooks import first_non_finite, has_closure
+from fastlora.methods.hooks import (
+    StepMethod,
+    first_non_finite,
+    has_closure,
+    inner_optimizer,
+    overflowed,
+    unscale,
+)
 from fastlora.nn import AdaLoRALinear
 
 _PARTS = ("lora_A", "lora_B", "lora_E")
 _SCHEDULE = ("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "total_step")
 
 
-class AdaLoRA:
+class AdaLoRA(StepMethod):
     """After each step of an optimizer, allot a shrinking budget of ranks to the layers.
 
     Of every number p of A, E and B the sensitivity |p · ∇p| (p after the step, its gradient from
@@ -60,9 +67,10 @@ class AdaLoRA:
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> AdaLoRA:
         """Allot the ranks of the AdaLoRA layers of ``model`` (fastlora's or peft's) from now on.
 
-        Raises RuntimeError if it is attached already; ValueError for a model without AdaLoRA layers
-        to be trained, with ranks cut already, with peft's AdaLoRA convolutions or two trained
-        adapters on a layer, and for a schedule without ``total_step``, with fewer than two steps
+        Raises RuntimeError if it, or another one on these layers, is attached already; ValueError
+        for a model without AdaLoRA layers to be trained, with ranks cut already, with peft's
+        AdaLoRA convolutions or two trained adapters on a layer, for an A, B or E that is not the
+        optimizer's, and for a schedule without ``total_step``, with fewer than two steps
         before its last mask, or with ``target_r`` above the initial rank.
         """
         if self._handles:
@@ -93,6 +101,7 @@ class AdaLoRA:
                 raise ValueError(f"{layer.name} is cut already, to {layer.r} of {initial} ranks")
             if options["target_r"] > initial:
                 raise ValueError(f"target_r {options['target_r']} is above the {initial} ranks")
+        optimizer = inner_optimizer(optimizer, found, _PARTS)
         self._layers, self._of_peft, self._options = found, of_peft, options
         self._total, self._final = sum(layer.r for layer in found), final
         self._forget()
@@ -189,6 +198,9 @@ class AdaLoRA:
     def _before(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        if overflowed(optimizer):
+            return
+        unscale(optimizer)
         if not has_closure(args, kwargs) and self.step + 1 < self._final:
             self._gradients(finite=True)
 
@@ -196,6 +208,8 @@ class AdaLoRA:
     def _after(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        if overflowed(optimizer):
+            return
         step = self.step + 1
         if step < self._final:
             # before the step they were looked at, unless a closure has computed them in it

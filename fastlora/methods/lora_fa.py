@@ -9,12 +9,19 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastlora.adapters.view import AdapterLayer, layers
-from fastlora.methods.hooks import refuse_closure
+from fastlora.methods.hooks import (
+    StepMethod,
+    inner_optimizer,
+    overflowed,
+    refuse_closure,
+    refuse_no_gradients,
+    unscale,
+)
 
 _DAMPING = 1e-8
 
 
-class LoRAFA:
+class LoRAFA(StepMethod):
     """Before each step of an optimizer, g_B ← s⁻² · g_B (A Aᵀ + 1e-8 I)⁻¹.
 
     Of all updates of B this makes s · g_B A the nearest to the full weight gradient G: it becomes
@@ -33,8 +40,10 @@ class LoRAFA:
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> LoRAFA:
         """Freeze every A of ``model`` (fastlora's or peft's) and correct B's gradients from now on.
 
-        Raises RuntimeError if it is attached already; ValueError for a model without LoRA layers
-        or with adapters that this correction is not made for: AdaLoRA, VeRA, DoRA, embeddings.
+        Raises RuntimeError if it, or another method on these layers, is attached already;
+        ValueError for a model without LoRA layers or with adapters that this correction is not made
+        for (AdaLoRA, VeRA, DoRA, embeddings), and for a B that is not the optimizer's. A step at
+        which no B has a gradient raises RuntimeError.
         """
         if self._handle is not None:
             raise RuntimeError("it is attached already; detach it first, or make another")
@@ -44,6 +53,7 @@ class LoRAFA:
         for layer in found:
             if reason := _cannot(layer):
                 raise ValueError(f"LoRA-FA cannot correct the gradient of {layer.name}: {reason}")
+        optimizer = inner_optimizer(optimizer, found, ["lora_B.weight"])
         for layer in found:
             layer.lora_A.requires_grad_(False)
         self._layers = found
@@ -64,10 +74,16 @@ class LoRAFA:
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         refuse_closure("LoRA-FA", args, kwargs)
-        for index, layer in enumerate(self._layers):
-            gradient = layer.lora_B.grad
-            if gradient is None:
-                continue
+        if overflowed(optimizer):
+            return
+        unscale(optimizer)
+        trained = [
+            (index, layer, layer.lora_B.grad)
+            for index, layer in enumerate(self._layers)
+            if layer.lora_B.grad is not None
+        ]
+        refuse_no_gradients("LoRA-FA", trained)
+        for index, layer, gradient in trained:
             if self._inverses[index][0] != layer.lora_A._version:  # loaded anew, perhaps
                 self._inverses[index] = _inverse(layer)
             inverse = self._inverses[index][1].to(gradient.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -93,7 +94,8 @@ def lora_ga(
     Raises, before any weight has changed: what ``inject`` does; TypeError for a configuration that
     is not LoRA's; ValueError if it has a start of its own or means a layer that is no linear or has
     less than 2r singular values, for no batch at all, and for a gradient that is missing, zero or
-    not finite. What ``loss`` raises comes through.
+    not finite. What ``loss`` raises comes through. Warns of gradients whose rank is below 2r, as
+    those of fewer tokens are.
     """
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"LoRA-GA starts LoRA, and this is a {type(config).__name__}")
@@ -208,7 +210,7 @@ def _starts(
 ) -> list[Taken]:
     """The factors of every layer, from its gradient; gradients are dropped on the way."""
     generator = torch.Generator().manual_seed(options.seed)
-    found = {}
+    found, thin = {}, []
     for names in stacks(layers):
         layer = layers[names[0]]
         weight, r, s = layer.weight, layer.r, layer.scaling
@@ -221,11 +223,19 @@ def _starts(
             generator=fixed,
         )
         for name, (U, S, Vh, _) in zip(names, decomposed, strict=True):
+            if S[2 * r - 1] <= torch.finfo(S.dtype).eps * max(N, K) * S[0]:
+                thin.append(name)
             of_A, of_B = (part.to(U.device) for part in _parts(options, r, generator))
             own = layers[name].weight
             A, B = Vh[of_A], U[:, of_B]
             make = _official if options.variant == "official" else _pefts
             found[name] = Taken(name, layers[name], *make(A, B, S[of_B], own, s, options))
+    if thin:
+        warnings.warn(
+            f"LoRA-GA starts with 2r directions of a gradient, and those of {', '.join(thin)} have "
+            "a lower rank: the rest is rounding noise. Give more batches, or lower r",
+            stacklevel=3,
+        )
     return [found[name] for name in layers]
 
 

@@ -10,14 +10,24 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastlora.adapters.view import AdapterLayer, layers
-from fastlora.methods.hooks import first_non_finite, refuse_closure
+from fastlora.methods.hooks import (
+    StepMethod,
+    check_owned,
+    first_non_finite,
+    inner_optimizer,
+    overflowed,
+    refuse_closure,
+    refuse_no_gradients,
+    unscale,
+)
 from fastlora.ops.small_solvers import symmetric_eigen
 
 MODES = ("efficient", "full")
 CHOICES = ("sylvester", "symmetric", "zero")
+_FACTORS = ("lora_A.weight", "lora_B.weight")
 
 
-class LoRAPro:
+class LoRAPro(StepMethod):
     """Before each step of an optimizer, bring s·(B g_A + g_B A) nearest to the full gradient G:
 
         g_A ← s⁻² (BᵀB)⁻¹ g_A + X A,     g_B ← s⁻² (I − P_B) g_B (AAᵀ)⁻¹ − B X,
@@ -88,10 +98,11 @@ class LoRAPro:
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> LoRAPro:
         """Correct the gradients of every A and B of ``model`` (fastlora's or peft's) from now on.
 
-        Raises RuntimeError if it is attached already; ValueError for a model without LoRA layers or
-        with adapters that this correction is not made for (AdaLoRA, VeRA, DoRA, LoRA-FA,
-        embeddings, grouped convolutions, two active ones on a layer), for factors that are not the
-        optimizer's, and in mode "full" for an optimizer that is not a plain SGD.
+        Raises RuntimeError if it, or another method on these layers, is attached already;
+        ValueError for a model without LoRA layers or with adapters that this correction is not made
+        for (AdaLoRA, VeRA, DoRA, LoRA-FA, embeddings, grouped convolutions, two active ones on a
+        layer), for factors that are not the optimizer's, and in mode "full" for an optimizer that
+        is not a plain SGD. A step at which no layer has a gradient raises RuntimeError.
         """
         if self._handle is not None:
             raise RuntimeError("it is attached already; detach it first, or make another")
@@ -104,12 +115,13 @@ class LoRAPro:
             if reason:
                 raise ValueError(f"LoRA-Pro cannot correct the gradient of {layer.name}: {reason}")
             seen.add(layer.name)
+        optimizer = inner_optimizer(optimizer, found, _FACTORS)
         if self.mode == "full" and type(optimizer) is not torch.optim.SGD:
             raise ValueError(
                 "in mode 'full' LoRA-Pro is AdamW itself, and its step is to be taken by a "
                 f"torch.optim.SGD, not by {type(optimizer).__name__}"
             )
-        self._check_groups(found, optimizer)
+        self._rates(found, optimizer)
         self._layers, self._moments = found, {}
         self._handle = optimizer.register_step_pre_hook(self._correct)
         return self
@@ -161,9 +173,13 @@ class LoRAPro:
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         refuse_closure("LoRA-Pro", args, kwargs)
+        if overflowed(optimizer):
+            return
+        unscale(optimizer)
         trained = [layer for layer in self._layers if _has_gradients(layer)]
+        refuse_no_gradients("LoRA-Pro", trained)
         _check_finite(trained)
-        rates = self._check_groups(trained, optimizer)
+        rates = self._rates(trained, optimizer)
         groups = _alike(trained)
         # what can fail is done before anything is written
         smalls = [_Small.of(group, self.damping) for group in groups]
@@ -202,19 +218,18 @@ class LoRAPro:
             torch.mm(update, A.mT * s, out=of_B[index])
         return stack._replace(g_A=of_A, g_B=of_B)
 
-    def _check_groups(
+    def _rates(
         self, found: list[AdapterLayer], optimizer: torch.optim.Optimizer
     ) -> dict[str, float]:
         """In mode "full" each layer's learning rate, A's and B's being one."""
+        if self.mode == "efficient":
+            return {}
+        check_owned(optimizer, found, _FACTORS)
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         rates: dict[str, float] = {}
         for layer in found:
-            pair = [groups.get(id(factor)) for factor in (layer.lora_A, layer.lora_B)]
-            for group in pair:
-                if group is None:
-                    raise ValueError(f"lora_A or lora_B of {layer.name} is not the optimizer's")
-                if self.mode == "efficient":
-                    continue
+            for factor in (layer.lora_A, layer.lora_B):
+                group = groups[id(factor)]
                 if group["momentum"] or group["weight_decay"] or group["maximize"]:
                     raise ValueError(
                         "in mode 'full' LoRA-Pro is AdamW itself: the SGD that takes its step must "

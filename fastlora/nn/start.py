@@ -50,7 +50,10 @@ def read(
     errors: list[str],
 ) -> Start | None:
     """The start in a state dict, or the one there is; what is wrong goes into the lists, as in
-    ``nn.Module._load_from_state_dict``. ``shape``: that of the weight."""
+    ``nn.Module._load_from_state_dict``. ``shape``: that of the weight, without which in the state
+    its start is not taken, but unexpected: it says what another weight has lost."""
+    if f"{prefix}weight" not in state:
+        return start
     keys = [prefix + name for name in NAMES]
     there = [key for key in keys if key in state]
     unexpected[:] = [key for key in unexpected if key not in there]

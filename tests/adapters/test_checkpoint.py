@@ -161,6 +161,11 @@ def edit_config(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def edit_digits(folder):
+    path = folder / checkpoint.CONFIG_NAME
+    path.write_text(path.read_text().replace('"r": 4', '"r": ' + "4" * 5000))
+
+
 def edit_weights(folder, change):
     path = folder / checkpoint.WEIGHTS_NAME
     tensors = load_file(path)
@@ -208,6 +213,9 @@ def only_pickle(folder):
             "must hold an object",
         ),
         (lambda f: edit_config(f, peft_type="VERA"), ValueError, "lora_alpha=8 is an option"),
+        (lambda f: edit_config(f, peft_type=["LORA"]), ValueError, r"\['LORA'\] is none of LORA"),
+        (lambda f: edit_config(f, lora_alpha=10**400), ValueError, "a number that is too large"),
+        (lambda f: edit_digits(f), ValueError, "not readable JSON: .*digits"),
         (lambda f: edit_config(f, peft_type="IA3"), ValueError, "'IA3' is none of LORA, ADALORA"),
         (lambda f: edit_config(f, use_dora=True), ValueError, "lacks .*lora_magnitude_vector"),
         (lambda f: edit_config(f, lora_bias=True), ValueError, "lacks .*lora_B.bias"),
@@ -296,6 +304,17 @@ def test_a_file_for_another_model(tiny_llama, tmp_path):
     wrapped = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="peft's own methods"):
         fastlora.load_adapter(wrapped, folder)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_model_without_memory_is_refused(tiny_llama, tmp_path, there):
+    folder = saved(tiny_llama, tmp_path / "a")
+    model = tiny_llama().to("meta")
+    if there:
+        fastlora.inject(model, LoRAConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    with pytest.raises(ValueError, match="the model is on the meta device"):
+        fastlora.load_adapter(model, folder)
+    assert bool(layers(model)) == there
 
 
 def test_saving_what_cannot_be_saved(tiny_llama, tmp_path):

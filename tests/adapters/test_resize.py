@@ -1,6 +1,7 @@
 """Adapters cut to fewer ranks, beside the dense SVD of what they add to the weights."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -321,6 +322,47 @@ def test_what_cannot_be_resized_is_not_changed(config, spoil, error, words):
     after, now = snapshot(model)
     assert after == facts
     torch.testing.assert_close(now, values, atol=0, rtol=0, equal_nan=True)
+
+
+def interrupted_at(count, model):
+    """Whether ``resize`` ran through, a KeyboardInterrupt coming at its ``count``-th line."""
+    seen, file = 0, sys.modules["fastlora.adapters.resize"].__file__
+
+    def line(frame, event, _):
+        nonlocal seen
+        seen += event == "line"
+        if seen == count and event == "line":
+            raise KeyboardInterrupt
+        return line
+
+    sys.settrace(lambda frame, *_: line if frame.f_code.co_filename == file else None)
+    try:
+        fastlora.resize(model, 2)
+    except KeyboardInterrupt:
+        return False
+    finally:
+        sys.settrace(None)
+    return True
+
+
+def test_an_interruption_at_any_line_leaves_the_model_as_it_was():
+    base = nn.Sequential(nn.Linear(12, 10), nn.Unflatten(1, (2, 5)), nn.Conv1d(2, 6, 3))
+    fastlora.inject(base, LoRAConfig(r=4, target_modules=["0", "2"], use_rslora=True))
+    fill(base)
+    x, count, done = torch.randn(3, 12), 0, False
+    while not done:
+        count += 1
+        model = copy.deepcopy(base)
+        model(x).sum().backward()
+        facts, values = snapshot(model)
+        gradients = [p.grad for p in model.parameters()]
+        done = interrupted_at(count, model)
+        if not done:
+            after, now = snapshot(model)
+            assert after == facts and all(map(torch.equal, now, values))
+            assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
+            assert str(model) == str(base)
+    assert count > 30 and all(layer.r == 2 for layer in layers(model))
 
 
 @pytest.mark.parametrize(

@@ -331,6 +331,21 @@ def test_a_state_without_a_start_or_with_a_wrong_one_is_reported():
         other.load_state_dict(state)
 
 
+@pytest.mark.parametrize("init", ["pissa", True])
+def test_a_start_comes_with_its_weight_only(init):
+    """What another weight has lost would be put into this one, which has not."""
+    state = {k: v for k, v in move(started("pissa_niter_0")).state_dict().items() if "lora_" in k}
+    model = started(init)
+    before = [layer.module.start for layer in layers(model)]
+    unexpected = model.load_state_dict(state, strict=False).unexpected_keys
+    assert unexpected == [key for key in state if "start" in key]
+    assert all(layer.module.start is own for layer, own in zip(layers(model), before, strict=True))
+    with fastlora.disabled(model):
+        torch.testing.assert_close(model(batch()), plain()(batch()), **EXACT)
+    fastlora.unload(model)
+    torch.testing.assert_close(model(batch()), plain()(batch()), **EXACT)
+
+
 def test_it_is_no_parameter_and_no_buffer_and_stays_on_the_cpu():
     model, other = started(), started(True)
     for kind in ("named_parameters", "named_buffers"):

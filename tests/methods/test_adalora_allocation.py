@@ -277,6 +277,29 @@ def test_an_accelerated_model_saves_its_ranks(tiny_llama, tmp_path):
     )
 
 
+@pytest.mark.parametrize("alpha", [0, -1])
+def test_an_alpha_that_stands_for_the_rank_is_saved_as_the_initial_one(alpha, tmp_path):
+    """peft would put the ranks that are left in its place."""
+    _, mine = pair(three, SCHEDULE | {"lora_alpha": alpha}, SMALL)
+    AdaLoRA().attach(mine, optimizer := adamw(mine))
+    for step in range(1, 13):
+        random_gradients(mine, step)
+        optimizer.step()
+    fastlora.save_adapter(mine, tmp_path)
+    x = torch.randn(3, 6)
+    theirs, again = peft.PeftModel.from_pretrained(three(), tmp_path), three()
+    fastlora.load_adapter(again, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
+    for model in (theirs, again):
+        torch.testing.assert_close(model(x), mine(x), atol=1e-5, rtol=1e-5)
+
+
+def test_an_alpha_that_stands_for_the_rank_loads_into_the_model_that_saved_it(tmp_path):
+    _, mine = pair(three, SCHEDULE | {"lora_alpha": 0}, SMALL)
+    fastlora.save_adapter(mine, tmp_path)
+    assert len(fastlora.load_adapter(mine, tmp_path).fused) == len(layers(mine))
+
+
 def test_before_the_last_mask_all_ranks_are_saved(tmp_path):
     """A masked E may have grown back between two masks: cutting it would change the model."""
     _, mine = pair(three, SCHEDULE, SMALL)

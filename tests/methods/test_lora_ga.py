@@ -364,6 +364,15 @@ def _raising(model, batch):
     raise RuntimeError("from the step")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gradient_of_too_few_directions_is_told_of(dtype, recwarn):
+    started(dtype=dtype)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"those of 0, 2, 4 have a lower rank") as told:
+        started([batches(1, dtype)[0][:5]], dtype)  # five rows of input, and 2r = 6
+    assert len(told) == 1
+
+
 def test_gradients_that_were_there_come_back():
     model = plain()
     loss(model, batches(1)[0]).backward()
