@@ -25,12 +25,13 @@ public:
     pybind11::object update(RowNorm call, std::int64_t version, const pybind11::object& norm,
                             int threads, const std::string& isa) {
         if (busy_) return pybind11::none();
+        const auto kernel = FASTLORA_PICK(find_isa(isa), row_norm);
         const bool same_weight = knows(call, version);
         if (same_weight && norm_ && holds(call)) return answer(norm_, version_, {});
         const Claim claim(busy_);  // to let go of a tensor may let another thread run
         forget();
         if (!same_weight) {
-            weight_ = {call.weight, version, call.row, call.column, call.n, call.k};
+            weight_.values = nullptr;  // until its squares are there, whatever is thrown before
             probes_ = probe(call);
             weight_sq_.resize(static_cast<std::size_t>(call.n));
         }
@@ -41,14 +42,12 @@ public:
         call.known_sq = same_weight ? weight_sq_.data() : nullptr;
         call.weight_sq = weight_sq_.data();
         call.lost = lost_.data();
-        const auto kernel = FASTLORA_PICK(find_isa(isa), row_norm);
-        if (!same_weight) weight_.values = nullptr;  // until its squares are there
         std::int64_t count;
         {
             pybind11::gil_scoped_release released;
             count = kernel(call, threads);
         }
-        weight_.values = call.weight;
+        weight_ = {call.weight, version, call.row, call.column, call.n, call.k};
         latest_ = norm;
         if (!count) keep(norm, 0);
         return answer(norm, 0, count ? lost() : std::vector<std::int64_t>());

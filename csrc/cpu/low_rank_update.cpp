@@ -131,6 +131,7 @@ void part(const LowRankUpdate& call, std::int64_t top, std::int64_t bottom, std:
 }  // namespace
 
 void low_rank_update(const LowRankUpdate& call, int threads) {
+    if (call.rows <= 0 || call.columns <= 0) return;
     if (call.rows >= MANY * threads) {
         parallel_for(call.rows, ROWS, threads, [&](std::int64_t top, std::int64_t bottom) {
             part(call, top, bottom, 0, call.columns);

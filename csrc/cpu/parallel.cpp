@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -33,11 +35,17 @@ struct Work {
     void* state;
     void (*body)(void*, std::int64_t, std::int64_t);
     std::atomic<std::int64_t> next{0};
+    std::atomic<bool> failed{false};
+    std::exception_ptr thrown{};  // what the first body threw that did
 
     // Whoever comes takes the next range, so it does not matter how many threads come.
     void run() {
-        for (std::int64_t first; (first = next.fetch_add(step)) < count;) {
-            body(state, first, std::min(first + step, count));
+        try {
+            for (std::int64_t first; !failed && (first = next.fetch_add(step)) < count;) {
+                body(state, first, std::min(first + step, count));
+            }
+        } catch (...) {  // nothing may be thrown out of a thread
+            if (!failed.exchange(true)) thrown = std::current_exception();
         }
     }
 };
@@ -52,7 +60,7 @@ std::int64_t range_length(std::int64_t count, std::int64_t grain, int threads) {
 
 namespace {
 
-void run(Work& work, unsigned ranges) {
+void run_on_threads(Work& work, unsigned ranges) {
     const Runtime& omp = runtime();
     if (ranges == 1 || (omp.in_parallel && omp.in_parallel())) {
         work.run();
@@ -64,9 +72,17 @@ void run(Work& work, unsigned ranges) {
         return;
     }
     std::vector<std::thread> others;
-    for (unsigned index = 1; index < ranges; ++index) others.emplace_back([&] { work.run(); });
+    try {
+        for (unsigned index = 1; index < ranges; ++index) others.emplace_back([&] { work.run(); });
+    } catch (const std::system_error&) {  // then fewer threads come
+    }
     work.run();
     for (auto& other : others) other.join();
+}
+
+void run(Work& work, unsigned ranges) {
+    run_on_threads(work, ranges);
+    if (work.thrown) std::rethrow_exception(work.thrown);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@ namespace fastlora {
 // Calls body(state, first, last) over [0, count) cut into at most `threads` ranges of range_length,
 // a multiple of `grain`; the last may be shorter. It runs on the pool of the OpenMP runtime that is loaded (torch's: a
 // second pool would fight for the cores with it), and without one on threads of its own.
-// A body must not throw.
+// What a body throws is thrown here when all have come back; of several, the first.
 std::int64_t range_length(std::int64_t count, std::int64_t grain, int threads);
 
 void parallel_for(std::int64_t count, std::int64_t grain, int threads, void* state,

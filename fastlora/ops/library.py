@@ -60,8 +60,16 @@ def _found(name: str) -> ModuleType:
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where its elements begin; 0, the null pointer, for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+    """Where its elements begin; 0, the null pointer, for None.
+
+    Raises ValueError for a tensor without memory: one whose storage was freed, or a fake one.
+    """
+    if tensor is None:
+        return 0
+    start = tensor.data_ptr()
+    if not start and tensor.numel():
+        raise ValueError(f"a tensor of shape {list(tensor.shape)} has no memory: it was freed")
+    return start
 
 
 def with_rows(matrix: Tensor) -> Tensor:

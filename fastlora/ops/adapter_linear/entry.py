@@ -7,6 +7,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastlora.ops import backend as _backend
 from fastlora.ops.adapter_linear.contract import Scales
@@ -34,6 +35,7 @@ def is_transformed(x: Tensor) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
+        or isinstance(x, FakeTensor)  # which has no memory to read
     )
 
 

@@ -47,7 +47,7 @@ class BitMask:
     def __call__(self, x: Tensor) -> Tensor:
         x = with_rows(x)
         out = x.new_empty(self.shape)
-        self._run(x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0))
+        self._run(address(x), x.stride(0), address(out), out.stride(0))
         return out
 
     def bits(self) -> Tensor:
@@ -87,8 +87,8 @@ def update(
     bias = None if bias is None else bias.contiguous()
     bits = None if keep is None else keep.bits()
     _core.low_rank_update(
-        out.data_ptr(), *out.shape, out.stride(0), a.data_ptr(), a.stride(0), a.shape[1],
-        b.data_ptr(), *b.stride(), address(scale), address(bias), address(bits),
+        address(out), *out.shape, out.stride(0), address(a), a.stride(0), a.shape[1],
+        address(b), *b.stride(), address(scale), address(bias), address(bits),
         _threads(out.numel() * a.shape[1]), isa,
     )  # fmt: skip
 
@@ -133,7 +133,7 @@ def output_pass(
         dg = dy.new_empty(n)
         unread = dy.new_empty(n, dtype=torch.bool) if is_y else None
     count = _core.output_pass(
-        dy.data_ptr(), m, n, dy.stride(0), address(out_scale), address(own),
+        address(dy), m, n, dy.stride(0), address(out_scale), address(own),
         address(read), 0 if read is None else read.stride(0), address(bias), *_BOUNDS,
         address(dg), address(unread),
         r, address(c), 0 if c is None else c.stride(0), factor, address(h),

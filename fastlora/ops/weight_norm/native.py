@@ -39,8 +39,8 @@ def forward(
     lost = weight.new_empty(n, dtype=torch.uint8)
     sums = weight.new_empty(n, dtype=torch.float64) if weight_sq is None else weight_sq
     count = _core.row_norm(
-        weight.data_ptr(), *weight.stride(), n, k, lora_A.shape[0],
-        lora_A.data_ptr(), lora_A.stride(0), lora_B.data_ptr(), lora_B.stride(0),
+        address(weight), *weight.stride(), n, k, lora_A.shape[0],
+        address(lora_A), lora_A.stride(0), address(lora_B), lora_B.stride(0),
         scaling, CANCELLATION, FLOOR, norm.data_ptr(), address(weight_sq), sums.data_ptr(),
         lost.data_ptr(), torch.get_num_threads(), isa,
     )  # fmt: skip
@@ -72,8 +72,8 @@ def remembered(
     while True:
         norm = weight.new_empty(n)
         found = memory.update(
-            weight.data_ptr(), row, column, n, k, lora_A.shape[0],
-            lora_A.data_ptr(), a_row, lora_B.data_ptr(), b_row,
+            address(weight), row, column, n, k, lora_A.shape[0],
+            address(lora_A), a_row, address(lora_B), b_row,
             scaling, CANCELLATION, FLOOR, norm.data_ptr(), weight._version, norm,
             torch.get_num_threads(), isa,
         )  # fmt: skip
