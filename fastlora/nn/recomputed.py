@@ -4,23 +4,26 @@ For the adapter's gradient a layer keeps its input x. Often x is a product of te
 keeps for reasons of its own, as the graph that x hangs on shows:
 
 * a norm, x = w ∘ (h · ρ), where h and ρ are kept for the norm's own gradient;
-* a gate, x = act(gate) ∘ up. Here act(gate) is kept only for the sake of the product, too; so the
-  layer is put onto gate and up, and with the model's own references to it act(gate) goes free.
+* a gate, x = act(gate) ∘ up. Here act(gate) is kept only for the sake of the product, too; so what
+  the product keeps of it is replaced by what computes it, and with the model's own references to
+  it act(gate) goes free.
 
 Both come back bit for bit, in a pass or two over memory. The model's code is neither known nor
-changed: what looks otherwise is kept as ever.
+changed, and the graph stays as it is, with its hooks and retained gradients. What looks otherwise
+is kept as ever.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from fastlora.ops.adapter_linear.entry import is_transformed
 
 Recipe = Callable[[], Tensor]
 
@@ -29,65 +32,50 @@ _MOST_STEPS = 4  # nodes between x and what is kept: a norm in half precision ta
 
 
 class _Gate(NamedTuple):
-    """act(gate) ∘ up: the factors, the activation and its backward, ``slope``(d, gate)."""
+    """act(gate) ∘ up; ``slot`` is where the product's node keeps act(gate)."""
 
-    gate: Tensor
-    up: Tensor
-    activation: Callable[[Tensor], Tensor]
-    slope: Callable[[Tensor, Tensor], Tensor]
+    activation: Recipe
+    up: Recipe
+    slot: str
 
     def __call__(self) -> Tensor:
-        return self.activation(self.gate).mul_(self.up)
+        return self.activation().mul_(self.up())
+
+    def free_activation(self, product: Any) -> None:
+        activation = self.activation
+        # not kept, as up is frozen; or replaced before, for another layer that reads x
+        with suppress(RuntimeError):
+            getattr(product, self.slot).register_hooks(lambda _: activation, _unpack)
 
 
 @contextmanager
 def without_keeping(x: Tensor) -> Iterator[Tensor]:
-    """Gives x, to be used inside in its stead, so that saving it for backward costs nothing where
-    it can be computed again.
-    """
+    """Gives x, which inside costs nothing to save for backward where it can be computed again."""
     recipe = find(x)
     if recipe is None:
         yield x
         return
     if isinstance(recipe, _Gate):
-        x = _Gated.apply(recipe.gate, recipe.up, x.detach(), recipe)
+        recipe.free_activation(x.grad_fn)
     place, shape, dtype = x.data_ptr(), x.shape, x.dtype
 
-    def pack(tensor: Tensor) -> Tensor | _Again:
+    def pack(tensor: Tensor) -> Recipe:
         if tensor.data_ptr() == place and tensor.shape == shape and tensor.dtype == dtype:
-            return _Again(recipe)
-        return tensor
+            return recipe
+        return _kept(tensor)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
         yield x
 
 
-class _Again(NamedTuple):
-    """Stands for a tensor that is not kept."""
-
-    recipe: Recipe
-
-
-def _unpack(packed: Tensor | _Again) -> Tensor:
-    if isinstance(packed, _Again):
-        with torch.no_grad():
-            return packed.recipe()
-    return packed
+def _unpack(recipe: Recipe) -> Tensor:
+    with torch.no_grad():
+        return recipe()
 
 
 def find(x: Tensor) -> Recipe | None:
-    """What computes x again from tensors that are kept anyway; None where there is no such thing,
-    or where somebody else looks at what lies between."""
-    if x.grad_fn is None or not torch.is_grad_enabled():
-        return None
-    if x._backward_hooks or x.retains_grad or x._version:
-        return None
-    # these cannot enter a custom Function such as _Gated
-    if (
-        torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    ):
+    """What computes x again from tensors that are kept anyway; None if there is no such thing."""
+    if x.grad_fn is None or x._version or not torch.is_grad_enabled() or is_transformed(x):
         return None
     # what somebody else packs is not to be unpacked here: a checkpoint would recompute at once
     if _hooks_on_top is None or _hooks_on_top(True) is not None:
@@ -113,7 +101,8 @@ def _gate(x: Tensor) -> _Gate | None:
         for factor in (gate, up):
             if type(factor) is not Tensor or factor.shape != x.shape or factor.dtype != x.dtype:
                 return None
-        return _Gate(gate, up, *_ACTIVATIONS[child.name()](child))
+        activation = partial(_activate, _ACTIVATIONS[child.name()](child), _kept(gate.detach()))
+        return _Gate(activation, _kept(up.detach()), "_raw_saved_" + ("self", "other")[position])
     return None
 
 
@@ -127,10 +116,10 @@ def _replay(node: Any, steps: int) -> Recipe | None:
         return None if wide is None else partial(_cast, wide, node._input_metadata[0].dtype)
     if node.name() != "MulBackward0":
         return None
-    factors: list[Tensor | Recipe] = []
+    factors: list[Recipe] = []
     for saved, child in zip((node._saved_self, node._saved_other), children, strict=True):
         if type(saved) in (Tensor, torch.nn.Parameter):
-            factors.append(saved.detach())
+            factors.append(_kept(saved.detach()))
             continue
         inner = _replay(child, steps - 1)
         if inner is None:
@@ -143,40 +132,31 @@ def _cast(of: Recipe, dtype: torch.dtype) -> Tensor:
     return of().to(dtype)
 
 
-def _product(one: Tensor | Recipe, other: Tensor | Recipe) -> Tensor:
-    one, other = (x if isinstance(x, Tensor) else x() for x in (one, other))
-    return one * other
+def _product(one: Recipe, other: Recipe) -> Tensor:
+    return one() * other()
 
 
-def _silu(node: Any) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    return torch.ops.aten.silu, torch.ops.aten.silu_backward
+def _activate(function: Callable[[Tensor], Tensor], of: Recipe) -> Tensor:
+    return function(of())
 
 
-def _gelu(node: Any) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    kind = node._saved_approximate
-    return (
-        partial(torch.ops.aten.gelu, approximate=kind),
-        partial(torch.ops.aten.gelu_backward, approximate=kind),
-    )
+def _kept(tensor: Tensor) -> Recipe:
+    """Gives the tensor as it is now. Autograd leaves it to those who pack tensors to see that."""
+    return partial(_unchanged, tensor, tensor._version)
 
 
-_ACTIVATIONS = {"SiluBackward0": _silu, "GeluBackward0": _gelu}
+def _unchanged(tensor: Tensor, version: int) -> Tensor:
+    if tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: [{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; "
+            f"expected version {version} instead"
+        )
+    return tensor
 
 
-class _Gated(torch.autograd.Function):
-    """h as a function of gate and up; ``value`` is what it was computed to be."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, value: Tensor, recipe: _Gate) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.functions = recipe.activation, recipe.slope
-        return value
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        gate, up = ctx.saved_tensors
-        activation, slope = ctx.functions
-        dgate = slope(dh * up, gate) if ctx.needs_input_grad[0] else None
-        dup = activation(gate).mul_(dh) if ctx.needs_input_grad[1] else None
-        return dgate, dup, None, None
+# by the name of its node, what gives the activation
+_ACTIVATIONS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
+    "SiluBackward0": lambda node: torch.ops.aten.silu,
+    "GeluBackward0": lambda node: partial(torch.ops.aten.gelu, approximate=node._saved_approximate),
+}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -112,8 +113,8 @@ def other_ways():
         "a dropout": (lambda h: F.dropout(h, 0.3), True),
         "a view": (lambda h: h.view(-1, WIDE), False),
         "another layout": (lambda h: (h.t().contiguous() * 1.0).t(), False),
-        "a hook on it": (lambda h: (h.register_hook(lambda g: g * 2), h)[1], False),
-        "its gradient wanted": (lambda h: (h.retain_grad(), h)[1], False),
+        "a hook on it": (lambda h: (h.register_hook(lambda g: g * 2), h)[1], True),
+        "its gradient wanted": (lambda h: (h.retain_grad(), h)[1], True),
         "changed in place": (lambda h: h.add_(1.0), False),
         "multiplied in place": (lambda h: h.mul_(torch.ones_like(h)), False),
         "detached": (lambda h: h.detach(), False),
@@ -135,6 +136,61 @@ def test_whatever_is_something_else_is_taken_as_it_is(monkeypatch, found, way):
     for name, tensor in got.items():
         wanted = expected[name]
         assert tensor is wanted is None or torch.equal(tensor, wanted), name
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_whoever_looks_at_what_lies_between_sees_what_there_was(monkeypatch, found, late):
+    """Hooks, retained and asked-for gradients of the factors, the activation and the product, set
+    before the layer's call or after it."""
+
+    def look():
+        block, seen = Block(), []
+        x = torch.randn(ROWS, NARROW, generator=torch.Generator().manual_seed(3))
+        gate, up = block.gate(x), block.up(x)
+        acted = F.silu(gate)
+        h = acted * up
+        between = (gate, up, acted, h)
+
+        def watch():
+            for tensor in between:
+                tensor.register_hook(lambda g: (seen.append(g), g * 2)[1])
+                tensor.retain_grad()
+
+        if not late:
+            watch()
+        y = block.down(h).square().sum()
+        if late:
+            watch()
+        asked = torch.autograd.grad(y, between, retain_graph=True)
+        y.backward()
+        return [*asked, *seen, *(t.grad for t in between), block.gate.weight.grad]
+
+    got = look()
+    assert found == [True]
+    without(monkeypatch)
+    for mine, theirs in zip(got, look(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_two_layers_on_one_product_whose_other_factor_is_frozen_or_not(monkeypatch, swapped):
+    def grads(frozen):
+        block, other = Block(swapped=swapped), LoRALinear.from_linear(nn.Linear(WIDE, 2), r=2)
+        block.up.requires_grad_(not frozen)
+        block.between = lambda h: (results.append(other(h)), h)[1]
+        x, results = torch.ones(ROWS, NARROW), []
+        (block(x).square().sum() + results[0].sum()).backward()
+        return [p.grad for p in block.parameters() if p.grad is not None]
+
+    for frozen in (True, False):
+        torch.manual_seed(1)
+        got = grads(frozen)
+        with monkeypatch.context() as patch:
+            without(patch)
+            torch.manual_seed(1)
+            expected = grads(frozen)
+        assert len(got) == len(expected)
+        assert all(map(torch.equal, got, expected))
 
 
 def test_a_factor_changed_in_place_since_is_left_to_autograds_error():
@@ -240,6 +296,26 @@ def test_a_norm_is_computed_again(monkeypatch, found, dtype, trained):
         kept.append(memory.saved_bytes(lambda: block(own).sum(), torch.device("cpu")))
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
     assert kept[1] - kept[0] == x.numel() * x.element_size()
+
+
+@pytest.mark.parametrize("what", ["the norm's input", "an operand"])
+def test_what_is_read_again_must_not_be_changed_in_place(what):
+    block = Normed(False, torch.float32)
+    h = torch.randn(ROWS, NARROW, requires_grad=True) * 1.0
+    y = block(h)
+    with torch.no_grad():
+        (h if what == "the norm's input" else block.layer.lora_B.weight).add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.sum(), block.layer.lora_A.weight)
+
+
+def test_an_output_kept_beside_a_recomputed_input_is_freed_with_its_graph():
+    layer = LoRALinear.from_linear(nn.Linear(NARROW, WIDE), r=3, use_dora=True)
+    h = torch.randn(ROWS, NARROW, requires_grad=True)
+    y = layer(F.silu(h) * h)
+    memory_of_y = StorageWeakRef(y.untyped_storage())
+    del y
+    assert memory_of_y.expired()
 
 
 def test_a_llama(tiny_llama, found):

@@ -116,8 +116,6 @@ def of_dora(magnitude: Any, weight: Tensor, adapter: tuple[Tensor, ...]) -> str 
     """What DoRA asks for beside that: ``weight_norm`` reads the weight in its own dtype."""
     if added := added_behaviour(magnitude):
         return f"of its {type(magnitude).__name__}: {added}"
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return "a torch.func transform is to see DoRA's norm"
     dtype = weight.dtype
     for tensor in adapter:
         if tensor.dtype != dtype and not (tensor.dtype == torch.float32 and dtype in HALF):

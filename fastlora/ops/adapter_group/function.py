@@ -12,7 +12,14 @@ from torch.autograd.function import once_differentiable
 from fastlora.ops.adapter_group.contract import Gradients, Member, Needs, Part, Slot
 from fastlora.ops.adapter_group.shares import share
 from fastlora.ops.adapter_linear.contract import Scales, check_mask, rows
-from fastlora.ops.adapter_linear.scaled import ScaledNeeds, fold, unfold, what_to_keep
+from fastlora.ops.adapter_linear.scaled import (
+    ScaledNeeds,
+    Watch,
+    fold,
+    unfold,
+    watched,
+    what_to_keep,
+)
 from fastlora.ops.dropout import threshold
 from fastlora.ops.dtypes import to
 
@@ -31,6 +38,7 @@ class _Own(NamedTuple):
     factor: float  # what of its scaling goes into C
     dtypes: list[torch.dtype | None]  # as ``tensors``
     seed_dim: int | None
+    watch: Watch | None  # of its output, where it is kept
 
 
 class _Kept(NamedTuple):
@@ -85,18 +93,19 @@ class AdapterGroup(torch.autograd.Function):
         own = []
         for index, (member, keep, seed) in enumerate(zip(members, keeps, seeds, strict=True)):
             need = needs[index]
+            y, watch = watched(ys[index]) if "read" in keep else (None, None)
             saved += (
                 member.weight if "weight" in keep else None,
                 member.lora_A if "lora_A" in keep else None,
                 member.lora_B if "lora_B" in keep else None,
                 member.bias if "bias" in keep else None,
                 *(_scales(member) if "scales" in keep else (None, None, None)),
-                ys[index] if "read" in keep else None,
+                y,
                 seed if any(need) else None,
             )
             dtypes = [None if tensor is None else tensor.dtype for tensor in tensors(member)]
             dim = None if seed is None else seed.dim()
-            own.append(_Own(need, slot_of[index], factors[index], dtypes, dim))
+            own.append(_Own(need, slot_of[index], factors[index], dtypes, dim, watch))
         ctx.save_for_backward(*saved)
         # a layer of which nothing trains would give such a y by itself
         ctx.mark_non_differentiable(
@@ -118,9 +127,12 @@ class AdapterGroup(torch.autograd.Function):
         first_user: dict[int, int] = {}  # of each slot, among members whose output was used
         for index, dy in enumerate(dys):
             if dy is not None:
+                own = members[index]
                 kept[index] = _Kept(*saved[index * size : (index + 1) * size])
-                check_mask(kept[index].seed, members[index].seed_dim)
-                first_user.setdefault(members[index].slot, index)
+                check_mask(kept[index].seed, own.seed_dim)
+                if own.watch is not None and own.watch.has_seen_a_change():
+                    kept[index] = kept[index]._replace(y=None, bias=None)  # as without keep_output
+                first_user.setdefault(own.slot, index)
                 flat.append(rows(dy))
         gradients: dict[int, tuple[Tensor | None, ...]] = {}
         dx = None

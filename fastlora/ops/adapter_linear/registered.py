@@ -370,7 +370,10 @@ def _(
 def _save_scaled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *operands, ctx.scaling, ctx.dropout_p, seed, ctx.drop_base, keep_z, keep_y, ctx.backend = inputs
     y, t, z = output
-    read = z if keep_z else y if keep_y and not ctx.drop_base else None
+    read = z if keep_z else None
+    if keep_y and not ctx.drop_base and ctx.needs_input_grad[5]:
+        # the model may change y in place; where a graph is cut in two, nothing is copied for this
+        read = y.clone()
     ctx.save_for_backward(*operands, t, read, seed)
 
 

@@ -48,7 +48,7 @@ class Kept(NamedTuple):
     scales: Scales
     t: Tensor | None
     # what the gradient of out_scale is read from: z under drop_base, else y; None without
-    # keep_output, for which z is computed again
+    # keep_output, and where y has been changed: z is computed again
     read: Tensor | None
     seed: Tensor | None
 
@@ -210,6 +210,28 @@ def backward(
     return dx, dweight, dA, dB, dbias, dg, dd, db
 
 
+class Watch(NamedTuple):
+    """Whether an output kept for backward has been changed in place meanwhile."""
+
+    counter: Tensor  # empty, with the output's version counter
+    version: int
+
+    def has_seen_a_change(self) -> bool:
+        return self.counter._version != self.version
+
+
+def watched(y: Tensor) -> tuple[Tensor, Watch]:
+    """What to give to ``save_for_backward`` for y [..., N], an output, and its watch.
+
+    Autograd would refuse to give back a y that the model has changed. So what is saved, and goes
+    through the hooks of checkpoints and offloading, is y's memory under a version counter of its
+    own; and the watch has y's counter without its memory. Neither holds y, whose graph holds them.
+    """
+    counter = y.detach()
+    counter.data = y.new_empty(0)
+    return y.data, Watch(counter, 0 if y.is_inference() else y._version)
+
+
 class ScaledAdapterLinear(torch.autograd.Function):
     """``adapter_linear`` with one to three vectors."""
 
@@ -249,6 +271,9 @@ class ScaledAdapterLinear(torch.autograd.Function):
             need_t="t" in keep,
             need_z="read" in keep,
         )
+        read, watch = z, None
+        if "read" in keep and not drop_base:
+            read, watch = watched(y)
         own = {
             "x": x,
             "weight": weight,
@@ -256,7 +281,7 @@ class ScaledAdapterLinear(torch.autograd.Function):
             "lora_B": lora_B,
             "bias": bias,
             "t": t,
-            "read": z if drop_base else y,
+            "read": read,
             "seed": seed,
         }
         vectors = scales if "scales" in keep else (None, None, None)
@@ -264,7 +289,7 @@ class ScaledAdapterLinear(torch.autograd.Function):
             *(tensor if name in keep else None for name, tensor in own.items()), *vectors
         )
         ctx.seed_dim = None if seed is None else seed.dim()
-        ctx.static = (x.shape, scaling, dropout_p, drop_base, module, needs)
+        ctx.static = (x.shape, scaling, dropout_p, drop_base, module, needs, watch)
         operands = (x, weight, lora_A, lora_B, bias, *scales)
         ctx.dtypes = tuple(None if operand is None else operand.dtype for operand in operands)
         return y
@@ -273,8 +298,10 @@ class ScaledAdapterLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, bias, t, read, seed, *vectors = ctx.saved_tensors
-        shape, scaling, dropout_p, drop_base, module, needs = ctx.static
+        shape, scaling, dropout_p, drop_base, module, needs, watch = ctx.static
         check_mask(seed, ctx.seed_dim)
+        if watch is not None and watch.has_seen_a_change():
+            read = bias = None  # as without keep_output
         kept = Kept(x, weight, lora_A, lora_B, bias, Scales(*vectors), t, read, seed)
         gradients = backward(module, dy, kept, scaling, dropout_p, drop_base, needs)
         owned = tuple(

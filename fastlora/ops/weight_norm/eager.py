@@ -58,9 +58,8 @@ def forward(
     squared = (b * inner).sum(1).mul_(scaling).add_(sums)
     terms = torch.mv(b * b, gram.diagonal()).mul_(scaling**2).add_(sums)
     norm = squared.clamp_min(FLOOR**2).sqrt_().to(dtype)
-    if not weight.is_meta:
-        lost = ~((squared >= CANCELLATION * terms) & (squared < torch.inf))  # also where NaN
-        recompute(norm, lost.nonzero().view(-1), weight, lora_A, lora_B, scaling)
+    lost = ~((squared >= CANCELLATION * terms) & (squared < torch.inf))  # also where NaN
+    recompute(norm, lost.nonzero().view(-1), weight, lora_A, lora_B, scaling)
     return norm, sums
 
 

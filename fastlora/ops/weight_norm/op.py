@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastlora.ops import backend as _backend
+from fastlora.ops.adapter_linear.entry import is_transformed
 from fastlora.ops.dtypes import to
 from fastlora.ops.weight_norm.cache import WeightNormCache
-from fastlora.ops.weight_norm.contract import BACKENDS
+from fastlora.ops.weight_norm.contract import BACKENDS, FLOOR, result_dtype
 
 
 def weight_norm(
@@ -42,6 +43,9 @@ def weight_norm(
             available.
         backend: 'triton', 'native', 'onednn' or 'eager'; None chooses (see ``fastlora.explain``).
 
+    Under torch.func's transforms, forward-mode derivatives and torch.jit.trace, and for meta
+    tensors, the formula runs as ordinary differentiable PyTorch, which does form BA.
+
     Returns:
         n [N] in float32 (float64 for a float64 weight), accumulated in it, and never below
         ``FLOOR`` = 1e-12, so that a zero row gives a finite m/n. Do not write into it.
@@ -55,10 +59,14 @@ def weight_norm(
     _check(weight, lora_A, lora_B, scaling)
     if differentiable and weight.requires_grad:
         raise ValueError(
-            "weight_norm has no gradient with respect to weight: pass weight.detach(), or leave "
-            "differentiable off"
+            "weight_norm has no gradient with respect to weight: freeze it with "
+            "requires_grad_(False), or take the norm as a constant (DoRA with dora_simple=True; "
+            "here differentiable=False)"
         )
     scaling = float(scaling)
+    if not torch.compiler.is_compiling() and is_transformed(weight):
+        norm = composite(weight, lora_A, lora_B, scaling)
+        return norm if differentiable else norm.detach()
     flows = (
         differentiable
         and torch.is_grad_enabled()
@@ -73,6 +81,15 @@ def weight_norm(
     if flows:
         return _WeightNorm.apply(weight, lora_A, lora_B, scaling, cache, module)
     return _norm(weight, lora_A, lora_B, scaling, cache, module)
+
+
+def composite(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """n [N] from differentiable PyTorch calls, for what a custom Function cannot go through."""
+    dtype = result_dtype(weight.dtype)
+    a, b = (to(matrix, weight.dtype).to(dtype) for matrix in (lora_A, lora_B))
+    with torch.autocast(_autocast_kind(weight), enabled=False):
+        merged = torch.addmm(weight.to(dtype), b, a, alpha=scaling)
+    return merged.square().sum(1).clamp_min(FLOOR**2).sqrt()
 
 
 def _norm(
@@ -159,12 +176,15 @@ def _off(kind: str) -> Iterator[None]:
 
 def _plain(tensor: Tensor) -> AbstractContextManager[None]:
     """No inference mode, no autocast; and nothing at all where there is neither, which is free."""
-    kind = tensor.device.type
-    if not torch.amp.is_autocast_available(kind):
-        kind = "cpu"
+    kind = _autocast_kind(tensor)
     if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(kind):
         return _off(kind)
     return nullcontext()
+
+
+def _autocast_kind(tensor: Tensor) -> str:
+    kind = tensor.device.type
+    return kind if torch.amp.is_autocast_available(kind) else "cpu"
 
 
 def _check(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad as fwAD
 from torch.utils.checkpoint import checkpoint
 
-from fastlora.ops.weight_norm import FLOOR, eager, weight_norm
+from fastlora.ops.weight_norm import FLOOR, WeightNormCache, eager, weight_norm
 from fastlora.ops.weight_norm.reference import weight_norm_reference
 from tests.ops.weight_norm.cases import SCALING, TOLERANCE, error, exact, operands
 
@@ -115,6 +116,41 @@ def test_inference_mode_and_inference_tensors():
     assert error(norm, exact(*(t.clone() for t in (w, a, b)))) <= TOLERANCE
 
 
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_transforms_and_forward_mode_run_the_formula(differentiable):
+    w, a, b = operands(6, 9, 3)
+    direction, many = torch.randn_like(a), torch.stack((a, 2 * a))
+
+    def norm(a):
+        return weight_norm(w, a, b, SCALING, differentiable=differentiable)
+
+    full, _ = exact_gradients(w, a, b, torch.ones(6))
+    expected = full.float() if differentiable else torch.zeros_like(a)
+    torch.testing.assert_close(torch.func.grad(lambda a: norm(a).sum())(a), expected)
+    slope = torch.func.jvp(lambda a: norm(a).sum(), (a,), (direction,))[1]
+    torch.testing.assert_close(slope, (expected * direction).sum())
+    with fwAD.dual_level():
+        slope = fwAD.unpack_dual(norm(fwAD.make_dual(a, direction)).sum()).tangent
+    assert differentiable or slope is None
+    torch.testing.assert_close(slope or torch.zeros(()), (expected * direction).sum())
+    torch.testing.assert_close(torch.func.vmap(norm)(many), torch.stack([norm(m) for m in many]))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_trace_records_the_formula(dtype, autocast):
+    w, a, b = (t.to(dtype) for t in operands(9, 30, 4))
+
+    def norm(b):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return weight_norm(w, a, b, SCALING, cache=WeightNormCache())
+
+    traced = torch.jit.trace(norm, (b,))
+    for own in (b, 2 * b, torch.zeros_like(b)):
+        assert error(traced(own), exact(w, a, own)) <= TOLERANCE
+
+
 def test_shapes_alone_can_be_asked_for():
     norm = weight_norm(*(t.to("meta") for t in operands(9, 30, 4)), SCALING)
     assert norm.shape == (9,) and norm.is_meta
@@ -173,7 +209,7 @@ def test_the_registered_operators_keep_torch_librarys_rules():
         (
             dict(weight=torch.zeros(6, 9, requires_grad=True), differentiable=True),
             ValueError,
-            "no gradient with respect to weight",
+            r"no gradient with respect to weight: .*requires_grad_\(False\).*dora_simple=True",
         ),
         (dict(backend="cuda"), ValueError, "unknown backend 'cuda'"),
     ],
