@@ -71,15 +71,15 @@ def adapter_linear(
             again. It has no effect where out_scale needs no gradient.
         backend: 'triton', 'native', 'onednn' or 'eager'; None chooses (see ``fastlora.explain``).
 
-    Under ``torch.autocast`` the call computes in autocast's dtype, as ``F.linear`` does.
-    Gradients flow to whichever operands require them, in their own dtype, and only what these
-    gradients need is kept: x for lora_A or weight; the [M, r] product for lora_B, mid_scale or
-    adapter_scale; for out_scale all of these and, with keep_output, y itself, or, where
-    the model changes y in place, one more base product (with drop_base under dropout a second [M, N]
-    is kept instead); torch.compile keeps x and weight too where there are vectors. No second
-    derivative. Under torch.func's transforms, forward-mode derivatives and torch.jit.trace, and for nested, fake
-    and meta tensors, the same formula runs as ordinary differentiable PyTorch, which keeps what autograd
-    does whatever keep_output says.
+    Under ``torch.autocast`` the call computes in autocast's dtype, as ``F.linear`` does. Gradients
+    flow to whichever operands require them, in their own dtype, and only what these gradients need
+    is kept: x for lora_A or weight; the [M, r] product for lora_B, mid_scale or adapter_scale; for
+    out_scale all of these and, with keep_output, y itself, or, where the model changes y in place,
+    one more base product (with drop_base under dropout a second [M, N] is kept instead);
+    torch.compile keeps x and weight too where there are vectors. No second derivative. Under
+    torch.func's transforms, forward-mode derivatives and torch.jit.trace, and for nested, fake and
+    meta tensors, the same formula runs as ordinary differentiable PyTorch, which keeps what
+    autograd does whatever keep_output says.
 
     A float32 call of at most four rows on a CPU is a few differentiable PyTorch calls whatever the
     backend: the same values, masks and gradients, but autograd keeps what it does, dropout's mask
