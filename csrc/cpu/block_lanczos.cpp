@@ -20,6 +20,7 @@ constexpr double SHIFT = 1e-6;        // of the mean square, where pivots vanish
 constexpr double ORTHONORMAL = 2e-6;  // what the results' Gram matrices may be off untouched
 constexpr double REPAIRED = 0.05;     // and up to where one Cholesky pass repairs them
 constexpr int CHECKING = 2;           // blocks of the check
+constexpr double LATE = 0.5;          // of a checked vector that may lie in the last block
 constexpr int GROUP = 8;              // what widths are a multiple of
 constexpr int TALL = 3 * LANES;       // rows of a panel of X
 // panels that are multiplied at once: XᵀY is read and written half as often, where both fit the
@@ -180,6 +181,7 @@ public:
           rows_(GRAM_ROWS * width_),
           weights_(basis_panels_ * BASIS * wide_),
           right_(call.columns * wide_),
+          before_(call.q),
           order_(most_),
           now_(blocks_ + 0),
           next_(blocks_ + size_) {}
@@ -238,7 +240,7 @@ private:
         multiply(0, back);
         double squares = 0;
         for (std::int64_t panel = 0; panel < panels_; ++panel) squares += squares_of_[panel];
-        squares_ = call_.squares[index] = squares;
+        call_.squares[index] = squares;
         std::frexp(squares, &exponent_);
         const double norm = std::sqrt(squares);
         return norm > call_.low && norm < call_.high;
@@ -427,25 +429,30 @@ private:
         return false;
     }
 
+    // Whether two blocks from a fresh start leave all values about where they are, and no vector had
+    // only just turned up, in the last block: it is far from converged.
     bool check(std::int64_t index) {
         const int blocks = static_cast<int>(call_.blocks);
+        for (std::int64_t i = 0; i < call_.q; ++i) before_[i] = value(i);
         if (!begin(blocks, call_.start + block_ * call_.columns)) return false;
         multiply(blocks, true);
         if (!extend(blocks + 1)) return false;
         multiply(blocks + 1, false);
         if (!ritz(blocks + CHECKING, blocks, true)) return false;
-        double energy = 0, found = 0;
+        // The energy that is left would be no measure: it grows with the matrix, and hides copies.
+        double most = 0;
+        bool late = false;
         for (std::int64_t i = 0; i < call_.q; ++i) {
+            const double growth = value(i) - before_[i];
+            if (growth > most * before_[i]) most = growth / before_[i];
             double weight = 0;
-            for (int j = blocks * block_; j < count_; ++j) {
+            for (int j = (blocks - 1) * block_; j < blocks * block_; ++j) {
                 weight += vectors_[j * wide_ + i] * vectors_[j * wide_ + i];
             }
-            energy += values_[order_[i]];
-            found += values_[order_[i]] * weight;
+            late = late || weight > LATE;
         }
-        const double left = squares_ - energy;
-        call_.checked[index] = found / (left > 1e-6 * squares_ ? left : 1e-6 * squares_);
-        return call_.checked[index] <= call_.share;
+        call_.checked[index] = most;
+        return most <= call_.growth && !late;
     }
 
     bool triples(std::int64_t index) {
@@ -533,10 +540,10 @@ private:
     const Buffer<float> taken_;
     const Buffer<double> gram_, gram_block_, work_, vectors_, values_, rows_;
     const Buffer<float> weights_, right_;
+    const Buffer<double> before_;  // the values that are checked
     const Buffer<int> order_;
     float *now_, *next_;  // a block, and what the one after it is made from: [columns, block_]
     Rows x_{};
-    double squares_ = 0;
     int exponent_ = 0, count_ = 0;
 };
 

@@ -17,13 +17,13 @@ struct BlockLanczos {
     std::int64_t q;
     double low, high;  // norms between which it computes
     double alike;      // neighbours that differ by less than this share are checked
-    double share;      // of the energy left, how much of the found may come from the check
+    double growth;     // by what share the check may raise a value
     double least;      // s_q as a share of s_1 that is resolved
     float* u;          // [count, rows, q]
     double* s;         // [count, q]
     float* vh;         // [count, q, columns]
     double* squares;   // [count]: ‖X‖²
-    double* checked;   // [count]: the share that came from the check, -1 where there was none
+    double* checked;   // [count]: the largest growth in the check, -1 where there was none
     Found* found;      // [count]: nothing where another way must be taken, extremes where the norm
                        // is out of range or not a number
 };

@@ -47,13 +47,15 @@ def check_list(name: str, value: object) -> list[Tensor]:
 
 def check_matrix(name: str, matrix: Tensor) -> None:
     """Raises TypeError where ``matrix`` is not real and floating, ValueError where it has no
-    rows or no columns."""
+    rows, no columns or no values."""
     if matrix.dtype not in (*FLOATS, torch.float64):
         raise TypeError(f"{name} is {matrix.dtype}; it must be real and floating")
     if matrix.dim() < 2:
         raise ValueError(f"{name} has shape {list(matrix.shape)}; it must be [..., N, K]")
     if 0 in matrix.shape[-2:]:
         raise ValueError(f"{name} has shape {list(matrix.shape)}: it has no elements")
+    if matrix.is_meta:
+        raise ValueError(f"{name} is on meta: it has no values")
 
 
 def exponents(largest: Tensor, names: Sequence[str]) -> Tensor:

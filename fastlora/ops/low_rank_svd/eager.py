@@ -50,23 +50,34 @@ ATEN = Products(_stacked, torch.matmul, lambda x, q: (q.mT @ x).mT)
 
 
 def forward(
-    x: Matrices, omega: Tensor, q: int, iterations: int, products: Products = ATEN
+    x: Matrices,
+    omega: Tensor,
+    q: int,
+    iterations: int,
+    products: Products = ATEN,
+    shifted: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(U [n, N, q], S [n, q] float64, Vh [n, q, K]) of n matrices [N, K], N ≤ K.
 
     ``x`` as ``products.stacked`` made it, ``omega`` [n, K, b] with q ≤ b ≤ N. ``iterations`` of
-    them take 2·iterations + 2 products with X or Xᵀ.
+    them take 2·iterations + 2 products with X or Xᵀ. They may be ``shifted`` where b exceeds q by
+    so much that what is slow to converge near λ_b is not wanted.
     """
     y = products.times(x, omega)
     floor = torch.zeros(y.shape[0], dtype=torch.float64, device=y.device)
     for left in reversed(range(iterations)):
         basis, _, _ = _near_orthonormal(y, rows=True)
-        v, whitener, shift = _near_orthonormal(products.transposed_times(x, basis))
+        z = products.transposed_times(x, basis)
+        v, whitener, shift = _near_orthonormal(z)
+        y = products.times(x, v)
+        if not shifted:
+            continue
         # λ_b(XᵀX) is at least what the subspace shows of it (README, "The shift")
         least = small.smallest_eigenvalue(whitener) - shift
         floor = torch.maximum(floor, torch.where(least > _CLEAR * shift, least, 0.0))
-        alpha = floor * _SHIFTS[left % 2]
-        y = products.times(x, v)
+        # with a gap behind λ_b, where little is gained any more, the tail needs no shift
+        gained = (_squares(y) - _squares(z)).clamp_min(0.0)
+        alpha = torch.minimum(floor * _SHIFTS[left % 2], gained)
         y.baddbmm_(basis, (whitener * -alpha[:, None, None]).to(y.dtype))
     basis = orthonormal(y)
     z = products.transposed_times(x, basis)  # X ≈ basis · zᵀ
@@ -124,6 +135,10 @@ def _near_orthonormal(y: Tensor, rows: bool = False) -> tuple[Tensor, Tensor, Te
             return first, whitener, shift
     second, _ = _whitener(first)
     return apply(first, second), whitener @ second, shift
+
+
+def _squares(y: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(y, dim=-1).double().square().sum(-1)
 
 
 def _whitener(y: Tensor) -> tuple[Tensor, Tensor]:

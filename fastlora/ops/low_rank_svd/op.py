@@ -84,8 +84,9 @@ def svd_lowrank(
             (README): ⌈niter/2⌉ shifted iterations, or about as many vectors of a Krylov space. 0
             suffices where q reaches the rank.
         oversample: how many columns beyond q are iterated; None: half of q, at least 8, and up to
-            a multiple of 16 in all. In the native core, by how many vectors more than niter asks
-            for the space is larger, up to a multiple of its blocks.
+            a multiple of 16 in all. With fewer, there are niter iterations without a shift. In the
+            native core, by how many vectors more than niter asks for the space is larger, up to a
+            multiple of its blocks.
         generator: where the random start comes from; given one, equal calls give equal results
             and the global generator is not touched. It may live on the CPU for any matrices.
         backend: 'native' (float32 and half precision on the CPU; it leaves to 'eager' what it does
@@ -100,12 +101,16 @@ def svd_lowrank(
         where these cancel. Nothing is differentiable: it runs under ``torch.no_grad``.
 
     Raises:
-        ValueError: NaN or infinity in a matrix, an empty list, matrices without elements or on
-            several devices, q, niter or oversample out of range.
-        TypeError: complex or integer matrices; q, niter or oversample not an integer.
+        ValueError: NaN or infinity in a matrix, an empty list, matrices without elements, on meta
+            or on several devices, norms beyond the result's dtype, q, niter or oversample out of
+            range.
+        TypeError: complex or integer matrices; q, niter or oversample not an integer; a generator
+            that is not torch's.
         BackendError: the backend asked for cannot run this call.
     """
     _check_counts(q, niter, oversample)
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise TypeError(f"generator must be a torch.Generator, not {generator!r}")
     if isinstance(matrices, Tensor):
         check_matrix("matrices", matrices)
         _check_q(q, "matrices", matrices)
@@ -244,13 +249,19 @@ def _eagerly(
     width = min(q + (_oversample(q) if oversample is None else oversample), n, k)
     # one start for all: a matrix gives the same alone and in a list
     omega = _random(max(n, k), width, dtype, like.device, generator).expand(len(group), -1, -1)
-    # the shift makes one iteration worth about two, and 2·niter + 2 products niter + 2
-    u, s, vh = eager.forward(wide, omega, q, (niter + 1) // 2, products)
+    # the shift makes one iteration worth about two, and 2·niter + 2 products niter + 2; with fewer
+    # columns than it is made for, it would hold up the last of the q
+    shifted = oversample is None or oversample >= _oversample(q)
+    iterations = (niter + 1) // 2 if shifted else niter
+    u, s, vh = eager.forward(wide, omega, q, iterations, products, shifted)
     if n > k:
         u, vh = vh.mT.contiguous(), u.mT.contiguous()
     error = _error(x, squares, u, s, vh)
     if exponent is not None:
         s, error = torch.ldexp(s, exponent[:, None]), torch.ldexp(error, exponent)
+        for name, norm in zip(names, torch.maximum(s[:, 0], error).to(dtype).tolist(), strict=True):
+            if not norm < float("inf"):
+                raise ValueError(f"{name} is too large: its norm is beyond {dtype}; scale it first")
     return LowRankSVD(u, s.to(dtype), vh, error.to(dtype))
 
 
