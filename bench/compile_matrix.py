@@ -286,10 +286,11 @@ def main(argv: list[str] | None = None) -> int:
     if CUDA in args.kernel:
         more, left_out = cuda_cases(args.arch)
         todo += more
-    keys = [key(one) for one in todo]
+    # without a file nothing is looked up, and no kernel is imported before it is compiled
+    keys = [key(one) if args.json else str(number) for number, one in enumerate(todo)]
     file: File = args.file
     # what the file has of other kernels stays there; what no row of today was made from goes
-    wanted = dict.fromkeys([*map(key, everything()), *keys])
+    wanted = dict.fromkeys([*(map(key, everything()) if args.json else ()), *keys])
     taken = sum(len(file.rows.get(one, [])) for one in keys)
     rows: list[Row] = []
     print(_HEAD, flush=True)
