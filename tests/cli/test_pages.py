@@ -13,10 +13,10 @@ if sys.argv[1] == "keep":
     assert keep_freed_pages()
 def turn():
     torch.ones(1 << 24)
-for _ in range(4):
+for _ in range(8):
     turn()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
+for _ in range(32):
     turn()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -30,5 +30,7 @@ def faults(what):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
-def test_no_page_is_taken_anew_for_a_tensor_as_large_as_the_last():
+def test_tensors_as_large_as_the_last_take_its_pages():
+    # Not a fault-free run: an object put behind a freed tensor, or its alignment, can make the hole
+    # a few bytes short, and then the heap grows by one more tensor, now and then in the first turns.
     assert 10 * faults("keep") < faults("leave")
