@@ -212,14 +212,16 @@ def _run(
     if not n:
         return torch.zeros(0, dtype=torch.bool, device="cpu") if job.shrink is not None else None
     _check_masks(job)
-    if job.grads is not None and any(map(Tensor.is_neg, job.grads)):
-        job.grads = [grad.resolve_neg() for grad in job.grads]
     module = _backend.select(name, BACKENDS, job.momenta[0].device, torch.float32, backend)
     cache = cache or SignMomentumCache()
     kept = cache.table if cache.module is module else None
     if kept is None:
         _check_signs(job)
     table = module.read(job, kept)
+    # after they have been read, which brings them into the caches one behind the other
+    if job.grads is not None and any(map(Tensor.is_neg, job.grads)):
+        job.grads = [grad.resolve_neg() for grad in job.grads]
+        table = module.read(job, table)
     if table is None:
         dtype = _check(job)
         module = _backend.select(name, BACKENDS, job.momenta[0].device, dtype, backend)
