@@ -17,9 +17,11 @@ from fastlora.ops.library import core
 _GROUP, _WIDEST = 8, 32
 # Blocks of the space that checks for repeated singular values.
 _CHECKING = 2
-# Blocks are a quarter of q wide. With ρ of them to q, as many passes as 2ρ + _PASSES·√(ρ·niter)
-# leave no more error than torch.svd_lowrank's niter on the flattest spectrum.
-_PASSES = 3.15
+# Blocks are half of q wide, and at most _WIDEST. With ρ of them to q, these passes leave no more error
+# than torch.svd_lowrank's niter on the flattest spectra; luck decides more with the narrowest.
+_FEWEST = 4
+# Blocks to q at most.
+_MOST = 4
 # The space's share of the smaller side beyond which a subspace iteration is no slower.
 _SHARE = 0.5
 # Block-wide runs of values that differ by less than this share are checked, and the check may raise
@@ -50,12 +52,12 @@ class Triples(NamedTuple):
 
 def plan(n: int, k: int, q: int, niter: int, more: int) -> Plan | None:
     """For matrices [n, k], with ``more`` vectors than niter asks for; None where none fits."""
-    width = max(1, -(-q // (4 * _GROUP))) * _GROUP
+    width = min(max(1, -(-q // (2 * _GROUP))) * _GROUP, _WIDEST)
     share = max(1.0, q / width)
-    passes = 2.0 * share + _PASSES * math.sqrt(share * niter)
-    blocks = math.ceil((passes + 1) / 2) + -(-more // width)
+    passes = 2.25 * share - 0.5 + 2 * (share * niter) ** 0.6 + (width == _GROUP)
+    blocks = math.ceil((max(passes, _FEWEST) + 1) / 2) + -(-more // width)
     fits = (blocks + _CHECKING) * width <= _SHARE * min(n, k)
-    return Plan(width, blocks, 2 * width) if fits and width <= _WIDEST else None
+    return Plan(width, blocks, 2 * width) if fits and q <= _MOST * width else None
 
 
 def forward(
