@@ -105,7 +105,9 @@ def _lora(config: LoRAConfig, name: str, module: nn.Module) -> AdaptedLayer:
     # what the model keeps anyway it would save nothing to compute again; what comes of a dropped
     # input it does not keep
     keep = keep or (is_kept(name) and config.lora_dropout == 0.0)
-    return LoRALinear.from_linear(module, **options, dora_keep_output=keep)
+    return LoRALinear.from_linear(
+        module, **options, dora_keep_output=keep, init_lora_weights=not config.pissa
+    )
 
 
 def _projection(config: VeRAConfig, modules: list[nn.Module]) -> VeRAProjection:

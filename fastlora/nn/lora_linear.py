@@ -61,6 +61,7 @@ class LoRALinear(AdaptedLinear):
         use_lora_fa: bool = False,
         lora_bias: bool = False,
         dora_keep_output: bool = True,
+        init_lora_weights: bool = True,
     ) -> None:
         check_hyperparameters(r, lora_alpha, lora_dropout)
         check_variants(use_dora, dora_simple, use_lora_fa, lora_bias, dora_keep_output)
@@ -78,7 +79,10 @@ class LoRALinear(AdaptedLinear):
         self.lora_B = undrawn(r, self.out_features, lora_bias, where)
         self.lora_A.weight.requires_grad_(not use_lora_fa)
         self.lora_magnitude_vector: Magnitude | None = None
-        self.reset_parameters()
+        if init_lora_weights:
+            self.reset_parameters()
+        elif lora_bias:
+            nn.init.zeros_(self.lora_B.bias)
         if use_dora:
             wide = torch.promote_types(weight.dtype, torch.float32)
             norm = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=wide)
@@ -98,7 +102,8 @@ class LoRALinear(AdaptedLinear):
         """An adapted layer around ``linear``'s own weight and bias (shared, and frozen by this).
 
         ``adapter_dtype`` is the base's dtype, or float32 over a half-precision base (as in peft).
-        ``variants``: use_dora, dora_simple, use_lora_fa, lora_bias, dora_keep_output.
+        ``variants``: use_dora, dora_simple, use_lora_fa, lora_bias, dora_keep_output; and
+        init_lora_weights, False for a caller who writes A and B, which hold anything until then.
 
         Raises TypeError for anything but an exact ``nn.Linear`` with floating weights (a subclass
         may compute something else) and for an ``adapter_dtype`` that does not go with the base's;

@@ -119,6 +119,14 @@ def test_two_starts_are_equal_whatever_the_global_generator(init):
         assert torch.equal(a, b)
 
 
+def test_nothing_is_drawn_from_the_global_generator():
+    """A and B are written by the decomposition, and not first at random."""
+    model = plain()
+    before = torch.get_rng_state()
+    fastlora.inject(model, LoRAConfig(r=4, init_lora_weights="pissa_niter_4"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_weight_is_rounded_once(dtype):
     model = started("pissa_niter_4", dtype)
