@@ -21,11 +21,23 @@ moment in which nothing else runs, and is taken again if the scheduler let one o
 threads wait for a processor meanwhile (--patience, --again; where other work never rests, --again 0
 ends sooner). The exit status is 1 too where the goal is missed: for q, k, v at 512 tokens, group
 beyond base is at most 0.6 times separate beyond base.
+
+On a CPU, q, k, v and gate, up are taken apart as well, since the difference of two long times says
+little on a busy machine: the narrow products by themselves, where nothing else of the step is.
+
+    own             what each layer does for itself either way: t Bᵀ onto y, dY B and dYᵀ t
+    apart           x Aᵀ, H A onto dx and Hᵀ x of each layer
+    together        the same for all layers at once, with what brings A and H together
+    product         x Wᵀ of the first layer, which tells the rate of a large product
+
+The bound is (own + what together takes at product's rate) / (own + apart): no group whose own part
+is that of separate layers can be below it.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
 import sys
@@ -140,6 +152,52 @@ def ways(step: Step, backend: str) -> dict[str, Callable[[], None]]:
     return dict(zip(CONTESTANTS, (base, base_in_place, separate, group), strict=True))
 
 
+def parts(step: Step, backend: str) -> dict[str, Callable[[], object]]:
+    """The narrow products of a step, by name; for members with nothing but A and B."""
+    module = importlib.import_module(f"fastlora.ops.adapter_linear.{backend}")
+    linear = getattr(module, "linear", eager.aten_linear)
+    update = getattr(module, "update", eager.add_product)
+    output_pass = getattr(module, "output_pass", eager.read_output)
+    x, dys = step.x.detach(), step.dys
+    As = [member.lora_A.detach() for member in step.members]
+    Bs = [member.lora_B.detach() for member in step.members]
+    ts, hs = ([linear(x, A, None) for A in As] for _ in range(2))
+    ys, dx = [dy.clone() for dy in dys], torch.zeros_like(x)
+
+    def own() -> None:
+        for y, t, B, dy in zip(ys, ts, Bs, dys, strict=True):
+            update(y, t, B.t())
+            output_pass(dy, B, t, SCALING, linear)
+
+    def apart() -> None:
+        for A, h in zip(As, hs, strict=True):
+            linear(x, A, None)
+            update(dx, h, A)
+            eager.reduce(linear, h, x)
+
+    def together() -> None:
+        A, h = torch.cat(As), torch.cat(hs, 1)
+        linear(x, A, None)
+        update(dx, h, A)
+        eager.reduce(linear, h, x)
+
+    def product() -> Tensor:
+        return linear(x, step.members[0].weight, None)
+
+    calls = (own, apart, together, product)
+    return {call.__name__: torch.no_grad()(call) for call in calls}
+
+
+def bound(step: Step, taken: dict[str, list[float]]) -> tuple[float, float]:
+    """(group / separate of the parts, and the least it could be), from medians."""
+    own, apart, together, product = (
+        statistics.median(taken[name]) for name in ("own", "apart", "together", "product")
+    )
+    ranks = sum(member.lora_A.shape[0] for member in step.members)
+    least = 3 * product * ranks / step.members[0].weight.shape[0]
+    return (own + together) / (own + apart), (own + least) / (own + apart)
+
+
 def check(step: Step, backend: str) -> float:
     """The largest error of separate and group, relative to the largest element, against float64."""
     wide = {id(t): t.detach().double().requires_grad_(t.requires_grad) for t in step.leaves()}
@@ -247,11 +305,19 @@ def main(argv: list[str] | None = None) -> int:
                     note = f"  beyond base {spread(over[name])}" if name in over else ""
                     print(f"  {name:<15}{spread(taken[name])}{note}")
                 print(f"  group / separate, beyond base: {ratio:.2f}", flush=True)
-                rows.append(
-                    {"case": case, "K": CASES[case][0], "N": CASES[case][1], "M": tokens}
-                    | {"backend": backend, "error": error, "disturbed": disturbed}
-                    | {"beyond base": medians, "ratio": ratio, "ms": taken}
-                )
+                row: dict[str, object] = {
+                    "case": case, "K": CASES[case][0], "N": CASES[case][1], "M": tokens,
+                    "backend": backend, "error": error, "disturbed": disturbed,
+                    "beyond base": medians, "ratio": ratio, "ms": taken,
+                }  # fmt: skip
+                if case != "vera" and args.device == "cpu" and backend != "triton":
+                    pieces = take_turns(as_calls(parts(step, backend)), args.rounds, "cpu").totals()
+                    of_parts, least = bound(step, pieces)
+                    for name, values in pieces.items():
+                        print(f"  {name:<15}{spread(values)}")
+                    print(f"  group / separate, of the parts: {of_parts:.2f}; bound {least:.2f}")
+                    row |= {"parts": of_parts, "bound": least, "ms of parts": pieces}
+                rows.append(row)
                 if args.json:
                     figures = {"conditions": conditions, "rows": rows}
                     text = json.dumps(figures, indent=1, ensure_ascii=False)

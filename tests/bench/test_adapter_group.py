@@ -75,3 +75,19 @@ def test_the_bases_compute_the_same(backend):
     expected = step.x.grad.clone()
     calls["base, in place"]()
     torch.testing.assert_close(step.x.grad, expected)
+
+
+@pytest.mark.parametrize("backend", [b for b in bench.ours("cpu", torch.float32) if b != "triton"])
+def test_the_parts_are_the_steps_narrow_products(backend):
+    """Together they do what they do apart, and the bound is of the medians."""
+    step = bench.operands("qkv", 6, 4, "cpu", torch.float32)
+    calls = bench.parts(step, backend)
+    assert list(calls) == ["own", "apart", "together", "product"]
+    expected = torch.nn.functional.linear(step.x, step.members[0].weight)
+    torch.testing.assert_close(calls["product"](), expected.detach())
+    for call in calls.values():
+        call()
+    assert step.x.grad is None
+    taken = {"own": [4.0], "apart": [4.0], "together": [3.0], "product": [40.0]}
+    ratio, least = bench.bound(step, taken)
+    assert ratio == 7 / 8 and least == (4 + 3 * 40 * 12 / 40) / 8
