@@ -31,6 +31,6 @@ def faults(what):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
 def test_tensors_as_large_as_the_last_take_its_pages():
-    # Not a fault-free run: an object put behind a freed tensor, or its alignment, can make the hole
-    # a few bytes short, and then the heap grows by one more tensor, now and then in the first turns.
+    # Not without a fault: an object put behind a freed tensor, or its alignment, can make the hole
+    # a few bytes short; then the heap grows by one more tensor, now and then in the first turns.
     assert 10 * faults("keep") < faults("leave")
