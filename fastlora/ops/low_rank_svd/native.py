@@ -51,7 +51,7 @@ class Triples(NamedTuple):
 
 def plan(n: int, k: int, q: int, niter: int, more: int) -> Plan | None:
     """For matrices [n, k], with ``more`` vectors than niter asks for; None where none fits."""
-    width = min(max(1, -(-q // (2 * _GROUP))) * _GROUP, _WIDEST)
+    width = min(-(-q // (2 * _GROUP)) * _GROUP, _WIDEST)
     share = max(1.0, q / width)
     # No more error than torch.svd_lowrank's niter leaves on the flattest spectra (README, "Block
     # Lanczos"): fitted to Gaussian matrices. With the narrowest blocks luck decides more.

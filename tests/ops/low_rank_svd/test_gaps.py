@@ -50,6 +50,39 @@ def test_no_copy_is_missed_in_a_large_matrix(n, q, values):
 
 
 @native_only
+@pytest.mark.parametrize("q", [8, 16, 20, 32])
+@pytest.mark.parametrize("tail", ["flat", "linear", "falling"])
+def test_near_values_are_found_or_given_up(tail, q):
+    """Of as many copies as a block may miss, what is kept is no further off than others are."""
+    drawn = torch.Generator().manual_seed(q)
+    for spread in (0.0, 0.003, 0.03, 0.2):
+        copies, first, top = (
+            int(torch.randint(9, 73, (), generator=drawn)),
+            (0, 0, 3, 8)[int(torch.randint(4, (), generator=drawn))],
+            0.3 + 0.6 * float(torch.rand((), generator=drawn)),
+        )
+
+        def values(i, copies=copies, first=first, top=top, spread=spread):
+            shape = {"flat": 0.5 + 0 * i, "linear": 1 - 0.4 * i / len(i)}
+            shape["falling"] = (i - first - copies + 1).clamp_min(1) ** -0.5
+            s = top * shape[tail]
+            s[:first] = torch.linspace(1.8, 1.1, first)
+            s[first : first + copies] = 1 - spread * torch.linspace(0, 1, copies)
+            return s
+
+        x = matrix(400, 460, values)
+        others = [svd_lowrank(x, q, generator=seeded(seed), backend="eager") for seed in (0, 1)]
+        for seed in (0, 1):
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                u, s, v = torch.svd_lowrank(x, q=q, niter=4)
+            others.append((u, s, v.mT))
+        result = svd_lowrank(x, q, generator=seeded(), backend="native")
+        worst = max(excess(x, each, values, q) for each in others)
+        assert excess(x, result, values, q) <= worst + 1e-3, (copies, first, spread, top)
+
+
+@native_only
 def test_noise_is_not_given_up(monkeypatch):
     plain, found = native.forward, []
     monkeypatch.setattr(op.native, "forward", lambda *args: found.append(plain(*args)) or found[-1])

@@ -67,6 +67,22 @@ def test_no_further_from_the_matrix_than_torch_at_equal_niter(spectrum, niter):
     assert ours.mean() <= residual(x, (u, s, v.mT)).mean() + 5 * EPS
 
 
+@pytest.mark.parametrize("niter", [0, 1, 2, 4, 8])
+@pytest.mark.parametrize("q", [8, 16, 24, 32, 48, 64])
+def test_noise_is_left_as_torch_leaves_it(q, niter):
+    """The rule for the number of passes, by what is above the optimum."""
+    n = 300 if q <= 16 else 640
+    x = torch.randn(4, n, n + 60, generator=seeded())
+    assert native.plan(n, n + 60, q, niter, 0) is not None
+    ours = residual(x, svd_lowrank(x, q, niter, generator=seeded(), backend="native"))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(x, q=q, niter=niter)
+    least = torch.linalg.svdvals(x.double())[:, q:].square().sum(1)
+    above = [each.square() - least for each in (ours, residual(x, (u, s, v.mT)))]
+    assert above[0].mean() <= 1.05 * above[1].mean()
+
+
 @pytest.mark.parametrize("niter", [1, 4])
 @pytest.mark.parametrize("spectrum", ["power", "flat"])
 @pytest.mark.parametrize("q, width, n", [(65, 32, 600), (96, 32, 720), (128, 32, 880)])
