@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastlora.nn.adapted import AdaptedLayer, cannot_adapt, refuse
 from fastlora.nn.group import InputGroup
 from fastlora.nn.plain import added_behaviour
-from fastlora.nn.recomputed import without_keeping
+from fastlora.nn.recomputed import spare
 from fastlora.ops.adapter_group import Member
 from fastlora.ops.adapter_linear import adapter_linear
 
@@ -66,10 +66,20 @@ class AdaptedLinear(AdaptedLayer):
     def settings(self) -> tuple[Any, ...]:
         """See ``nn.group.Joining``."""
         # resize gives parameters other memory
-        tensors = [(id(t), t.data_ptr(), t.requires_grad) for t in self.tensors().values()]
+        tensors = [(id(t), t.data_ptr(), t.requires_grad) for t in self._own()]
         dropout = getattr(self, "lora_dropout", 0.0), getattr(self, "vera_dropout", 0.0)
         numbers = getattr(self, "scaling", 1.0), *dropout
         return self.training, self.merged, self.enabled, id(self.weight), numbers, tensors
+
+    def _own(self) -> list[Tensor]:
+        """``tensors`` without their names, and the base's: asked for at every call."""
+        found = []
+        for module in (self, *self._modules.values()):
+            assert module is not None
+            if module is not self and module._modules:  # parametrised: it computes what it gives
+                return list(self.tensors().values())
+            found += [tensor for tensor in module._parameters.values() if tensor is not None]
+        return found
 
     def plain(self) -> nn.Linear:
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
@@ -113,18 +123,14 @@ def parameters_of(linear: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]
 def compute(x: Tensor, member: Member) -> Tensor:
     """``adapter_linear`` of x [..., K] with these operands, x kept only if it must be."""
     weight, lora_A, lora_B, scaling, bias, dropout_p, g, d, b, drop_base, keep_output = member
-    # while compiling it has no grad_fn to look at
-    if torch.compiler.is_compiling() or x.grad_fn is None:
-        if g is None and d is None and b is None:
-            return adapter_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
-        return adapter_linear(
+    if g is None and d is None and b is None:
+        y = adapter_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+    else:
+        y = adapter_linear(
             x, weight, lora_A, lora_B, scaling, bias, dropout_p,
             out_scale=g, mid_scale=d, adapter_scale=b,
             drop_base=drop_base, keep_output=keep_output,
         )  # fmt: skip
-    with without_keeping(x) as x:
-        return adapter_linear(
-            x, weight, lora_A, lora_B, scaling, bias, dropout_p,
-            out_scale=g, mid_scale=d, adapter_scale=b,
-            drop_base=drop_base, keep_output=keep_output,
-        )  # fmt: skip
+    if not torch.compiler.is_compiling():  # where a tensor has no grad_fn to look at
+        spare(x, y)
+    return y

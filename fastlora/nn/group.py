@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastlora.nn.recomputed import without_keeping
+from fastlora.nn.recomputed import spare
 from fastlora.ops.adapter_group import Member, adapter_group
 from fastlora.ops.adapter_linear.entry import is_transformed
 
@@ -123,13 +123,10 @@ class InputGroup:
             return None
         members = [own, *(member for _, member in others.values())]
         try:
-            if x.grad_fn is None:
-                results = adapter_group(x, members)
-            else:
-                with without_keeping(x) as same:
-                    results = adapter_group(same, members)
+            results = adapter_group(x, members)
         except (TypeError, ValueError):  # one does not fit: its own call will say so
             return None
+        spare(x, *results)
         self._wait_for(results)
         tensors = {
             other: [x, *(operand for operand in member if isinstance(operand, Tensor))]
@@ -197,6 +194,8 @@ def _life(node: Any) -> weakref.ref[Any]:
 
 def _waits(node: Any) -> bool:
     """Whether the graph of this node is there and has not been gone through backward."""
+    if getattr(node, "passed", None) is False:
+        return True
     try:
         return node is not None and node._raw_saved_tensors is not None
     except AttributeError:  # no Function's: it is there, and that is all there is to know

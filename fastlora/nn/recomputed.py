@@ -15,8 +15,8 @@ is kept as ever.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -48,15 +48,15 @@ class _Gate(NamedTuple):
             getattr(product, self.slot).register_hooks(lambda _: activation, _unpack)
 
 
-@contextmanager
-def without_keeping(x: Tensor) -> Iterator[Tensor]:
-    """Gives x, which inside costs nothing to save for backward where it can be computed again."""
-    recipe = find(x)
+def spare(x: Tensor, *results: Tensor) -> None:
+    """Frees a layer's input x, kept for the backward of ``results``, if it can be computed again.
+
+    Our autograd Functions keep it as the first thing they save; other nodes are left as they are.
+    """
+    nodes = {y.grad_fn for y in results if y.grad_fn is not None}
+    recipe = find(x) if nodes else None
     if recipe is None:
-        yield x
         return
-    if isinstance(recipe, _Gate):
-        recipe.free_activation(x.grad_fn)
     place, shape, dtype = x.data_ptr(), x.shape, x.dtype
 
     def pack(tensor: Tensor) -> Recipe:
@@ -64,11 +64,18 @@ def without_keeping(x: Tensor) -> Iterator[Tensor]:
             return recipe
         return _kept(tensor)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
-        yield x
+    for node in nodes:
+        try:
+            node._raw_saved_tensors[0].register_hooks(pack, _unpack)
+        except (AttributeError, IndexError, RuntimeError):
+            continue  # no Function's node, or one that keeps no input
+        if isinstance(recipe, _Gate):
+            recipe.free_activation(x.grad_fn)
 
 
 def _unpack(recipe: Recipe) -> Tensor:
+    if not torch.is_grad_enabled():  # as in any backward that is not itself differentiated
+        return recipe()
     with torch.no_grad():
         return recipe()
 

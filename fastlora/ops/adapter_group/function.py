@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -23,22 +24,13 @@ from fastlora.ops.adapter_linear.scaled import (
 from fastlora.ops.dropout import threshold
 from fastlora.ops.dtypes import to
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
 
 def tensors(member: Member) -> tuple[Tensor | None, ...]:
     """A member's, in the order of ``ScaledNeeds`` after x."""
     weight, lora_A, lora_B, _, bias, _, out_scale, mid_scale, adapter_scale, *_ = member
     return weight, lora_A, lora_B, bias, out_scale, mid_scale, adapter_scale
-
-
-class _Own(NamedTuple):
-    """What backward must know of one member beside tensors."""
-
-    needs: ScaledNeeds
-    slot: int
-    factor: float  # what of its scaling goes into C
-    dtypes: list[torch.dtype | None]  # as ``tensors``
-    seed_dim: int | None
-    watch: Watch | None  # of its output, where it is kept
 
 
 class _Kept(NamedTuple):
@@ -55,10 +47,63 @@ class _Kept(NamedTuple):
     seed: Tensor | None
 
 
+# by field of _Kept, what ``what_to_keep`` calls it
+_NAMES = ("weight", "lora_A", "lora_B", "bias", "scales", "scales", "scales", "read", "seed")
+
+
+class _Plan(NamedTuple):
+    """What follows for one member from which operands it has and which gradients are asked for."""
+
+    needs: ScaledNeeds
+    keep: frozenset[str]
+    saved: tuple[int, ...]  # fields of _Kept
+    given: tuple[int, ...]  # operands there are, as ``tensors`` has them
+    asked: Needs  # of a backend, for which lora_B is C
+
+
+class _Form(NamedTuple):
+    """Which of a member's operands there are besides its matrices, and how it is computed."""
+
+    bias: bool
+    out_scale: bool
+    mid_scale: bool
+    adapter_scale: bool
+    seed: bool
+    keep_output: bool
+
+
+@functools.lru_cache(maxsize=1024)
+def _plans(need_x: bool, flags: tuple[bool, ...], forms: tuple[_Form, ...]) -> tuple[_Plan, ...]:
+    """A plan for every member; ``flags``: whether each operand's gradient is asked for."""
+    flag = iter(flags)
+    plans = []
+    for form in forms:
+        there = (True, True, True, *form[:4])
+        needs = ScaledNeeds(need_x, *(has and next(flag) for has in there))
+        keep = what_to_keep(needs, drop_base=False, keep_output=form.keep_output)
+        has = (*there, True, form.seed and any(needs))
+        saved = tuple(i for i, name in enumerate(_NAMES) if name in keep and has[i])
+        given = tuple(i for i, has in enumerate(there) if has)
+        folded = needs.lora_B or needs.mid_scale or needs.adapter_scale
+        asked = Needs(needs.weight, folded, needs.bias, needs.out_scale)
+        plans.append(_Plan(needs, frozenset(keep), saved, given, asked))
+    return tuple(plans)
+
+
+class _Own(NamedTuple):
+    """What backward must know of one member beside its plan and tensors."""
+
+    slot: int
+    factor: float  # what of its scaling goes into C
+    seed_dim: int | None
+    watch: Watch | None  # of its output, where it is kept
+
+
 class AdapterGroup(torch.autograd.Function):
     """Takes x, the members, a backend's module, and the members' tensors once more.
 
     The last, those of ``tensors`` that there are, are arguments so that autograd knows of them.
+    ``passed`` of a node: whether backward has gone through it.
     """
 
     @staticmethod
@@ -66,143 +111,137 @@ class AdapterGroup(torch.autograd.Function):
         ctx: Any, x: Tensor, members: tuple[Member, ...], module: ModuleType, *operands: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        need_x, _, _, *flags = ctx.needs_input_grad
-        flag = iter(flags)
-        needs, keeps, seeds = [], [], []
+        ctx.passed = False
+        dtype, device = x.dtype, x.device
+        seeds: list[Tensor | None] = []
+        forms = []
         for member in members:
-            asked = (tensor is not None and next(flag) for tensor in tensors(member))
-            needs.append(ScaledNeeds(need_x, *asked))
-            keeps.append(what_to_keep(needs[-1], drop_base=False, keep_output=member.keep_output))
-            p = member.dropout_p
-            seed = module.draw_seed(x.device) if p > 0.0 else None
+            _, _, _, _, bias, p, g, d, b, _, keep_output = member
+            seed = module.draw_seed(device) if p > 0.0 else None
             seeds.append(seed if threshold(p) > 0 else None)
-        trained = [need.lora_A for need in needs]
-        slots, slot_of, factors = share(members, trained, seeds, x.dtype)
+            has = bias is not None, g is not None, d is not None, b is not None
+            forms.append(_Form(*has, seeds[-1] is not None, keep_output))
+        need_x, _, _, *flags = ctx.needs_input_grad
+        plans = _plans(need_x, tuple(flags), tuple(forms))
+        trained = [plan.needs.lora_A for plan in plans]
+        slots, slot_of, factors = share(members, trained, seeds, dtype)
         need_t = [False] * len(slots)
         parts = []
-        for member, keep, slot, factor in zip(members, keeps, slot_of, factors, strict=True):
-            need_t[slot] |= "t" in keep
-            lora_B = _fold(member.lora_B, _scales(member), factor, x.dtype)
+        for member, plan, slot, factor in zip(members, plans, slot_of, factors, strict=True):
+            need_t[slot] |= "t" in plan.keep
+            lora_B = _fold(member.lora_B, member, factor, dtype)
             parts.append(Part(slot, member.weight, lora_B, member.bias, member.out_scale))
         ys, ts = module.forward(rows(x), slots, parts, need_t)
         if x.dim() != 2:
             # not views: autograd has its own rules for those, and a y may be saved besides
-            view = torch.ops.aten._unsafe_view
-            ys = [view(y, (*x.shape[:-1], y.shape[1])) for y in ys]
-        saved = [x if any("x" in keep for keep in keeps) else None, *ts]
+            leading = x.shape[:-1]
+            ys = [_unsafe_view(y, (*leading, y.shape[1])) for y in ys]
+        saved = [x if any("x" in plan.keep for plan in plans) else None, *ts]
         own = []
-        for index, (member, keep, seed) in enumerate(zip(members, keeps, seeds, strict=True)):
-            need = needs[index]
-            y, watch = watched(ys[index]) if "read" in keep else (None, None)
-            saved += (
-                member.weight if "weight" in keep else None,
-                member.lora_A if "lora_A" in keep else None,
-                member.lora_B if "lora_B" in keep else None,
-                member.bias if "bias" in keep else None,
-                *(_scales(member) if "scales" in keep else (None, None, None)),
-                y,
-                seed if any(need) else None,
-            )
-            dtypes = [None if tensor is None else tensor.dtype for tensor in tensors(member)]
-            dim = None if seed is None else seed.dim()
-            own.append(_Own(need, slot_of[index], factors[index], dtypes, dim, watch))
+        for member, plan, y, slot, factor, seed in zip(
+            members, plans, ys, slot_of, factors, seeds, strict=True
+        ):
+            y, watch = watched(y) if "read" in plan.keep else (None, None)
+            there = (*tensors(member), y, seed)
+            saved += [there[field] for field in plan.saved]
+            own.append(_Own(slot, factor, None if seed is None else seed.dim(), watch))
         ctx.save_for_backward(*saved)
         # a layer of which nothing trains would give such a y by itself
-        ctx.mark_non_differentiable(
-            *[y for y, need in zip(ys, needs, strict=True) if not any(need)]
-        )
-        bare = [slot._replace(lora_A=None, seed=None) for slot in slots]
-        ctx.static = (x.shape, module, need_x, bare, own)
+        untrained = [y for y, plan in zip(ys, plans, strict=True) if not any(plan.needs)]
+        if untrained:
+            ctx.mark_non_differentiable(*untrained)
+        bare = [(slot.rank, slot.scaling, slot.dropout_p) for slot in slots]
+        dtypes = [operand.dtype for operand in operands]
+        ctx.static = (x.shape, module, need_x, bare, plans, own, dtypes)
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        shape, module, need_x, bare, members = ctx.static
+        ctx.passed = True
+        shape, module, need_x, bare, plans, members, dtypes = ctx.static
         x, *saved = ctx.saved_tensors
-        ts, saved = saved[: len(bare)], saved[len(bare) :]
-        size = len(_Kept._fields)
-        kept = {}
+        ts, at = saved, len(bare)
+        kept: dict[int, _Kept] = {}
         flat = []
         first_user: dict[int, int] = {}  # of each slot, among members whose output was used
-        for index, dy in enumerate(dys):
+        for index, (dy, plan, own) in enumerate(zip(dys, plans, members, strict=True)):
             if dy is not None:
-                own = members[index]
-                kept[index] = _Kept(*saved[index * size : (index + 1) * size])
-                check_mask(kept[index].seed, own.seed_dim)
+                fields: list[Tensor | None] = [None] * len(_NAMES)
+                for place, field in enumerate(plan.saved, at):
+                    fields[field] = saved[place]
+                one = _Kept._make(fields)
+                if one.seed is not None:
+                    check_mask(one.seed, own.seed_dim)
                 if own.watch is not None and own.watch.has_seen_a_change():
-                    kept[index] = kept[index]._replace(y=None, bias=None)  # as without keep_output
+                    one = one._replace(y=None, bias=None)  # as without keep_output
+                kept[index] = one
                 first_user.setdefault(own.slot, index)
                 flat.append(rows(dy))
+            at += len(plan.saved)
         gradients: dict[int, tuple[Tensor | None, ...]] = {}
         dx = None
         if flat:
             dtype = flat[0].dtype
-            place = {slot: number for number, slot in enumerate(first_user)}
+            place_of = {slot: number for number, slot in enumerate(first_user)}
             dx, dAs, rest = module.backward(
                 flat,
                 None if x is None else rows(x),
                 [_slot(bare[slot], kept[user], dtype) for slot, user in first_user.items()],
-                [_part(place[members[i].slot], kept[i], members[i], dtype) for i in kept],
+                [_part(place_of[members[i].slot], kept[i], members[i], dtype) for i in kept],
                 [ts[slot] for slot in first_user],
                 need_x,
-                [members[user].needs.lora_A for user in first_user.values()],
-                [_needs(members[i].needs) for i in kept],
+                [plans[user].needs.lora_A for user in first_user.values()],
+                [plans[i].asked for i in kept],
             )
             for index, given in zip(kept, rest, strict=True):
-                gradients[index] = _gradients(members[index], kept[index], given)
+                factor = members[index].factor
+                gradients[index] = _gradients(plans[index].needs, factor, kept[index], given)
             for user, dA in zip(first_user.values(), dAs, strict=True):
                 # of a lora_A that several members share, the first brings what all contribute
                 dweight, _, *others = gradients[user]
                 gradients[user] = (dweight, dA, *others)
             dx = None if dx is None else dx.view(shape)
         results: list[Tensor | None] = [dx, None, None]
-        for index, own in enumerate(members):
-            given = gradients.get(index, (None,) * len(own.dtypes))
-            for gradient, dtype in zip(given, own.dtypes, strict=True):
-                if dtype is not None:  # there is such an operand
-                    results.append(None if gradient is None else to(gradient, dtype))
+        for index, plan in enumerate(plans):
+            found = gradients.get(index)
+            results += [None if found is None else found[operand] for operand in plan.given]
+        for place, dtype in enumerate(dtypes, 3):
+            gradient = results[place]
+            if gradient is not None:
+                results[place] = to(gradient, dtype)
         return tuple(results)
 
 
-def _scales(own: Member | _Kept) -> Scales:
-    return Scales(own.out_scale, own.mid_scale, own.adapter_scale)
-
-
-def _fold(lora_B: Tensor, scales: Scales, factor: float, dtype: torch.dtype) -> Tensor:
+def _fold(lora_B: Tensor, own: Member | _Kept, factor: float, dtype: torch.dtype) -> Tensor:
     """C = factor · diag(b) B diag(d) [N, r] in ``dtype``, rounded once."""
-    if factor == 1.0 and scales.mid is None and scales.adapter is None:
+    if factor == 1.0 and own.mid_scale is None and own.adapter_scale is None:
         return to(lora_B, dtype)
     if factor != 1.0:
         lora_B = lora_B.to(torch.promote_types(dtype, torch.float32)) * factor
-    return fold(lora_B, scales, dtype)
+    return fold(lora_B, Scales(None, own.mid_scale, own.adapter_scale), dtype)
 
 
-def _slot(bare: Slot, kept: _Kept, dtype: torch.dtype) -> Slot:
+def _slot(bare: tuple[int, float, float], kept: _Kept, dtype: torch.dtype) -> Slot:
     lora_A = None if kept.lora_A is None else to(kept.lora_A, dtype)
-    return bare._replace(lora_A=lora_A, seed=kept.seed)
+    return Slot(lora_A, *bare, kept.seed)
 
 
 def _part(slot: int, kept: _Kept, own: _Own, dtype: torch.dtype) -> Part:
     lora_B = kept.lora_B
     if lora_B is not None:
-        lora_B = _fold(lora_B, _scales(kept), own.factor, dtype)
+        lora_B = _fold(lora_B, kept, own.factor, dtype)
     y = None if kept.y is None else rows(kept.y)
     return Part(slot, kept.weight, lora_B, kept.bias, kept.out_scale, y)
 
 
-def _needs(needs: ScaledNeeds) -> Needs:
-    """What that asks of a backend, in which lora_B is C."""
-    folded = needs.lora_B or needs.mid_scale or needs.adapter_scale
-    return Needs(needs.weight, folded, needs.bias, needs.out_scale)
-
-
-def _gradients(own: _Own, kept: _Kept, given: Gradients) -> tuple[Tensor | None, ...]:
+def _gradients(
+    needs: ScaledNeeds, factor: float, kept: _Kept, given: Gradients
+) -> tuple[Tensor | None, ...]:
     """Those of one member in the order of ``tensors``, without dA."""
-    needs, dC = own.needs, given.lora_B
-    if dC is not None and own.factor != 1.0:
-        dC = dC * own.factor
-    dB, dd, db = unfold(
-        dC, kept.lora_B, _scales(kept), needs.lora_B, needs.mid_scale, needs.adapter_scale
-    )
+    dC = given.lora_B
+    if dC is not None and factor != 1.0:
+        dC = dC * factor
+    scales = Scales(None, kept.mid_scale, kept.adapter_scale)
+    dB, dd, db = unfold(dC, kept.lora_B, scales, needs.lora_B, needs.mid_scale, needs.adapter_scale)
     return given.weight, None, dB, given.bias, given.out_scale, dd, db
