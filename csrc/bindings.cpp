@@ -5,6 +5,8 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <stdexcept>
+#include <tuple>
 #include <vector>
 
 #include "cpu/block_lanczos.hpp"
@@ -14,6 +16,7 @@
 #include "cpu/low_rank_update.hpp"
 #include "cpu/output_pass.hpp"
 #include "cpu/row_norm.hpp"
+#include "cpu/sum_of_products.hpp"
 #include "norm_memory.hpp"
 #include "sign_momentum_table.hpp"
 
@@ -107,6 +110,27 @@ void low_rank_update(Address out, std::int64_t rows, std::int64_t columns, std::
     kernel(call, threads);
 }
 
+// a, its stride, the depth; b, its strides of rows and of columns; the depth's scale
+using TermTuple = std::tuple<Address, std::int64_t, std::int64_t, Address, std::int64_t,
+                             std::int64_t, Address>;
+
+void sum_of_products(Address out, std::int64_t rows, std::int64_t columns, std::int64_t out_stride,
+                     const std::vector<TermTuple>& terms, Address g, Address bias, int threads,
+                     const std::string& isa) {
+    const auto kernel = FASTLORA_PICK(fastlora::find_isa(isa), sum_of_products);
+    if (terms.empty()) throw std::invalid_argument("a sum of no products");
+    std::vector<fastlora::Term> own;
+    for (const auto& [a, a_stride, depth, b, b_row, b_column, scale] : terms) {
+        own.push_back({at<const float>(a), a_stride, depth, at<const float>(b), b_row, b_column,
+                       at<const float>(scale)});
+    }
+    const fastlora::SumOfProducts call{
+        at<float>(out), rows, columns, out_stride, own.data(), static_cast<int>(own.size()),
+        at<const float>(g), at<const float>(bias)};
+    py::gil_scoped_release released;
+    kernel(call, threads);
+}
+
 void dropout(Address x, std::int64_t rows, std::int64_t columns, std::int64_t x_stride, Address out,
              std::int64_t out_stride, std::int64_t seed, int threshold, Address bits, bool drawn,
              int threads, const std::string& isa) {
@@ -171,6 +195,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("row_norm", &row_norm);
     module.def("output_pass", &output_pass);
     module.def("low_rank_update", &low_rank_update);
+    module.def("sum_of_products", &sum_of_products);
     module.def("dropout", &dropout);
     module.def("block_lanczos", &block_lanczos);
     module.def("symmetric_eigen", &symmetric_eigen);

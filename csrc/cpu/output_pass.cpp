@@ -78,7 +78,7 @@ private:
             const Block block{row, first, least(call_.rows - row, HEIGHT), width, own + 0};
             take(call_.dy, call_.dy_stride, block, block.values);
             if (call_.read) sum_up(block, bias, dots, squares, own + HEIGHT * STRIP);
-            if (call_.scaled) scale(block, g);
+            if (call_.g && (call_.scaled || call_.h || call_.dc)) scale(block, g);
             if (call_.h) {
                 add_product(block.values, STRIP, block.height, c, STRIP, part + row * ranks_);
             }
@@ -117,16 +117,18 @@ private:
         }
     }
 
+    // The block times g, and where that is wanted beyond it.
     void scale(const Block& block, const float* g) const {
         float* own = block.values;
-        float* to = call_.scaled + block.row * call_.columns + block.first;
-        for (int m = 0; m < block.height; ++m, own += STRIP, to += call_.columns) {
-            for (int v = 0; v < STRIP; v += LANES) {
-                const Floats values = load(own + v) * load(g + v);
-                store(own + v, values);
-                if (block.width == STRIP) store(to + v, values);
+        for (int m = 0; m < block.height; ++m, own += STRIP) {
+            for (int v = 0; v < STRIP; v += LANES) store(own + v, load(own + v) * load(g + v));
+            if (!call_.scaled) continue;
+            float* to = call_.scaled + (block.row + m) * call_.columns + block.first;
+            if (block.width == STRIP) {
+                for (int v = 0; v < STRIP; v += LANES) store(to + v, load(own + v));
+            } else {
+                for (int j = 0; j < block.width; ++j) to[j] = own[j];
             }
-            for (int j = 0; block.width < STRIP && j < block.width; ++j) to[j] = own[j];
         }
     }
 

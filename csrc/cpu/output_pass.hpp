@@ -13,7 +13,7 @@ struct OutputPass {
     const float* dy;  // rows dy_stride apart
     std::int64_t rows, columns, dy_stride;
     const float* g;  // [columns]
-    float* scaled;   // dY ∘ g, contiguous; there is one if there are g and h or dc
+    float* scaled;   // dY ∘ g, contiguous; h and dc do without
 
     const float* read;  // y or z, rows read_stride apart: dg is wanted
     std::int64_t read_stride;

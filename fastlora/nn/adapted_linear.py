@@ -73,7 +73,7 @@ class AdaptedLinear(AdaptedLayer):
 
     def _own(self) -> list[Tensor]:
         """``tensors`` without their names, and the base's: asked for at every call."""
-        found = []
+        found: list[Tensor] = []
         for module in (self, *self._modules.values()):
             assert module is not None
             if module is not self and module._modules:  # parametrised: it computes what it gives

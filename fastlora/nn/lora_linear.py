@@ -124,10 +124,10 @@ class LoRALinear(AdaptedLinear):
             nn.init.zeros_(self.lora_B.bias)
 
     def operands(self, dropout: bool) -> Member:
-        # asked for at every call: a Module's own way to its parts takes a microsecond for each
-        weight, parts, scaling = self.weight, self._modules, self.scaling
-        lora_A, lora_B, magnitude = parts["lora_A"], parts["lora_B"], self.lora_magnitude_vector
-        A, B, own_bias = lora_A.weight, lora_B.weight, lora_B.bias
+        # asked for at every call, and a Module's way to each of its parts takes a microsecond
+        weight, scaling, lora_B = self.weight, self.scaling, self.lora_B
+        A, B, own_bias = self.lora_A.weight, lora_B.weight, lora_B.bias
+        magnitude = self.lora_magnitude_vector
         bias: Tensor | None = self.bias
         p = self.lora_dropout if dropout else 0.0
         if magnitude is not None:

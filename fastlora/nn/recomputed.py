@@ -53,7 +53,7 @@ def spare(x: Tensor, *results: Tensor) -> None:
 
     Our autograd Functions keep it as the first thing they save; other nodes are left as they are.
     """
-    nodes = {y.grad_fn for y in results if y.grad_fn is not None}
+    nodes: set[Any] = {y.grad_fn for y in results if y.grad_fn is not None}
     recipe = find(x) if nodes else None
     if recipe is None:
         return

@@ -1,12 +1,13 @@
-"""Tables of measured choices, written where the operations look for them."""
+"""Tables of measured choices, and a choice that is made by measured sizes, as a test wants them."""
 
 import json
 
 import pytest
 
-from fastlora.ops import backend, tuned
+from fastlora.ops import backend, library, tuned
 from fastlora.ops.adapter_linear import tiles
 from fastlora.ops.weight_norm import tiles as weight_norm_tiles
+from tests.ops.adapter_linear.cases import InOneSum
 
 
 @pytest.fixture
@@ -35,3 +36,13 @@ def tables(tmp_path, monkeypatch):
     forget()
     yield Tables()
     forget()
+
+
+@pytest.fixture(autouse=True)
+def in_one_sum(request, monkeypatch):
+    """Whatever ``native.takes_sum`` says, where the backend is ``InOneSum``."""
+    parameters = getattr(getattr(request.node, "callspec", None), "params", {})
+    if isinstance(parameters.get("backend"), InOneSum) and not library.missing():
+        from fastlora.ops.adapter_linear import native
+
+        monkeypatch.setattr(native, "takes_sum", lambda *sizes, **kinds: True)

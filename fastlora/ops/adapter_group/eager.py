@@ -1,12 +1,12 @@
 """The best PyTorch-only form: x is read once for all lora_A, dx is one accumulator.
 
-As in ``adapter_linear``'s eager.py, ``linear``, ``update``, ``output_pass`` and ``draw`` can be
-others', and so can ``onto(out, a, b)``, out += a bᵀ for a large b.
+As in ``adapter_linear``'s eager.py, ``linear``, ``update``, ``output_pass``, ``draw``, ``output``
+and ``gradient`` can be others'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,25 +21,23 @@ from fastlora.ops.adapter_group.contract import (
 )
 from fastlora.ops.adapter_linear import eager
 from fastlora.ops.adapter_linear.eager import (
+    Gather,
+    Gradient,
+    InPlace,
     Linear,
+    Output,
     OutputPass,
     Passed,
     Update,
+    add_output,
     add_product,
+    add_scaled,
     aten_linear,
     read_output,
 )
 from fastlora.ops.dropout import Draw, keep_scale, stream_mask
 
 draw_seed = eager.draw_seed
-
-
-Onto = Callable[[Tensor, Tensor, Tensor], object]
-
-
-def aten_onto(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out [m, n] += a [m, k] · b [n, k]ᵀ."""
-    out.addmm_(a, b.t())
 
 
 def forward(
@@ -50,6 +48,7 @@ def forward(
     *,
     linear: Linear = aten_linear,
     update: Update = add_product,
+    output: Output = add_output,
     draw: Draw = stream_mask,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """(y [M, N] of every part, t [M, r] of every slot, None unless ``need_t``), in x's dtype."""
@@ -57,10 +56,8 @@ def forward(
     ts = _down(x, slots, need_t, linear, draw)
     for part in parts:
         assert part.weight is not None and part.lora_B is not None
-        y = linear(x, part.weight, part.bias if part.out_scale is None else None)
-        t, scale = ts[part.slot], part.out_scale
-        update(y, t, part.lora_B.t(), scale, part.bias if scale is not None else None)
-        ys.append(y)
+        own = (part.weight, ts[part.slot], part.lora_B, part.out_scale, part.bias)
+        ys.append(output(x, *own, linear, update))
     return ys, kept(ts, slots, need_t)
 
 
@@ -120,9 +117,9 @@ def backward(
     needs: Sequence[Needs],
     *,
     linear: Linear = aten_linear,
-    onto: Onto = aten_onto,
     update: Update = add_product,
     output_pass: OutputPass = read_output,
+    gradient: Gather = InPlace,
     draw: Draw = stream_mask,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Gradients]]:
     """(dx, dA of every slot, the rest of every part) for dys [M, N]; None where not asked for.
@@ -133,33 +130,29 @@ def backward(
     """
     want_h = [need_x or need for need in need_A]
     hs: dict[int, Tensor] = {}
-    dx: Tensor | None = None
+    dx = gradient(linear, update)
     dAs: list[Tensor | None] = [None] * len(slots)
     gradients: list[Gradients] = []
     for dy, part, need in zip(dys, parts, needs, strict=True):
         number, slot = part.slot, slots[part.slot]
         wanted = want_h[number]
-        passed = _read(dy, x, part, ts[number], need, need_x, need_A[number], linear, output_pass)
-        own = passed.dy
+        passed = _read(
+            dy, x, part, ts[number], need, need_x, need_A[number], linear, output_pass, dx
+        )
         if passed.h is not None:
             hs[number] = hs[number].add_(passed.h) if number in hs else passed.h
         gradients.append(_of_part(dy, passed, x, need, linear))
         if need_x:  # after the narrow products, which stream dy into the cache
             assert part.weight is not None
-            if dx is None:
-                dx = linear(own, part.weight.t(), None)
-            else:
-                onto(dx, own, part.weight.t())
+            add_scaled(dx, dy, passed, part.weight, part.out_scale)
         if wanted and slot.seed is not None:
-            dAs[number] = _past_dropout(
-                hs[number], x, slot, dx, need_A[number], linear, update, draw
-            )
+            own = dx if need_x else None
+            dAs[number] = _past_dropout(hs[number], x, slot, own, need_A[number], linear, draw)
     plain = together(slots, want_h, need_A)
     if plain:
         h = _beside(hs, slots, plain)
         if need_x:
-            assert dx is not None
-            update(dx, h, stacked([slots[index] for index in plain]))
+            dx.update(h, stacked([slots[index] for index in plain]))
         trained = [index for index in plain if need_A[index]]
         if trained:
             assert x is not None
@@ -167,7 +160,7 @@ def backward(
             dA = eager.reduce(linear, h[:, : sum(ranks)], x)
             for index, rows in zip(trained, dA.split_with_sizes(ranks), strict=True):
                 dAs[index] = rows
-    return dx, dAs, gradients
+    return dx.total() if need_x else None, dAs, gradients
 
 
 def _beside(hs: dict[int, Tensor], slots: Sequence[Slot], which: Sequence[int]) -> Tensor:
@@ -186,10 +179,9 @@ def _past_dropout(
     h: Tensor,
     x: Tensor | None,
     slot: Slot,
-    dx: Tensor | None,
+    dx: Gradient | None,
     need_A: bool,
     linear: Linear,
-    update: Update,
     draw: Draw,
 ) -> Tensor | None:
     """dA of a slot that drops, if needed; its share of dx is added where there is a dx."""
@@ -204,7 +196,7 @@ def _past_dropout(
         dA = eager.reduce(linear, h, mask(x))
     if dx is not None:
         assert slot.lora_A is not None
-        update(dx, h, slot.lora_A, keep=mask)
+        dx.update(h, slot.lora_A, mask)
     return dA
 
 
@@ -218,6 +210,7 @@ def _read(
     need_A: bool,
     linear: Linear,
     output_pass: OutputPass,
+    gradient: Gradient,
 ) -> Passed:
     """What one part's dY gives; its scaling comes later, for all parts at once."""
     if part.out_scale is None:
@@ -225,7 +218,7 @@ def _read(
         return output_pass(dy, lora_B, t if need.lora_B else None, 1.0, linear)
     return eager.scaled_pass(
         dy, part.y, part.out_scale, part.bias, x, part.weight, part.lora_B, t, 1.0,
-        need_x, need.weight, need_A, need.lora_B, need.out_scale, linear, output_pass,
+        need_x, need.weight, need_A, need.lora_B, need.out_scale, linear, output_pass, gradient,
     )  # fmt: skip
 
 

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from functools import partial
 
-from fastlora.ops import backend
-from fastlora.ops.adapter_group import eager, onednn
-from fastlora.ops.adapter_linear.native import draw, draw_seed, linear, output_pass, update
+from fastlora.ops.adapter_group import eager
+from fastlora.ops.adapter_linear.native import (
+    Gathered,
+    draw,
+    draw_seed,
+    linear,
+    output,
+    output_pass,
+    update,
+)
 
 __all__ = ["backward", "draw_seed", "forward"]
 
-_onto = onednn.onto if backend.multiplies_with_onednn() else eager.aten_onto
-
-forward = partial(eager.forward, linear=linear, update=update, draw=draw)
+forward = partial(eager.forward, linear=linear, update=update, output=output, draw=draw)
 backward = partial(
-    eager.backward, linear=linear, onto=_onto, update=update, output_pass=output_pass, draw=draw
+    eager.backward,
+    linear=linear,
+    update=update,
+    output_pass=output_pass,
+    gradient=Gathered,
+    draw=draw,
 )

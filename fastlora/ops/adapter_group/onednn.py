@@ -7,6 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from fastlora.ops.adapter_group import eager
+from fastlora.ops.adapter_linear.eager import InPlace
 from fastlora.ops.adapter_linear.onednn import linear
 
 draw_seed = eager.draw_seed
@@ -18,4 +19,4 @@ def onto(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 forward = partial(eager.forward, linear=linear)
-backward = partial(eager.backward, linear=linear, onto=onto)
+backward = partial(eager.backward, linear=linear, gradient=partial(InPlace, onto=onto))

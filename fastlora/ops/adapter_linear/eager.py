@@ -1,9 +1,10 @@
 """The best PyTorch-only form: two products a direction, everything else accumulated in place.
 
-Four steps are taken by name, so that other libraries can be put under the same code (onednn.py,
+Steps are taken by name, so that other libraries can be put under the same code (onednn.py,
 native.py): every product is ``linear(a, b) = a bᵀ``, the adapter goes onto a large product's result
 by ``update``, all that backward reads off dY beside the large products comes from ``output_pass``,
-and a dropout mask from ``draw``.
+and a dropout mask from ``draw``. Above these, ``output`` is a layer's y and ``gradient`` adds up
+dx, for who can make several products in one.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _LONGEST_SUM = 2048  # rows added up one by one in float32
 _NARROW = 64  # a product of more ranks than that is as fast either way round
 
 Linear = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+Onto = Callable[[Tensor, Tensor, Tensor], object]  # out += a bᵀ, for a large b
 
 
 class Update(Protocol):
@@ -40,10 +42,45 @@ class Update(Protocol):
     ) -> object: ...
 
 
+class Output(Protocol):
+    """scale ∘ (x Wᵀ + t Cᵀ) + bias [M, N], for t [M, r], C [N, r]."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        t: Tensor,
+        lora_B: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        linear: Linear,
+        update: Update,
+    ) -> Tensor: ...
+
+
+class Gradient(Protocol):
+    """dx [M, K] = Σ (dY ∘ g) W + Σ keep(H A), of which a term comes with every call."""
+
+    def takes_scale(self, dy: Tensor, weight: Tensor) -> bool:
+        """Whether ``add`` takes g as it is, and nobody has to multiply dY by it."""
+
+    def add(self, dy: Tensor, weight: Tensor, scale: Tensor | None = None) -> object:
+        """dY [M, N], W [N, K], g [N]; the first term is one of these."""
+
+    def update(self, h: Tensor, lora_A: Tensor, keep: Mask | None = None) -> object:
+        """H [M, r], A [r, K]."""
+
+    def total(self) -> Tensor:
+        """dx, after the last term."""
+
+
+Gather = Callable[[Linear, Update], Gradient]
+
+
 class Passed(NamedTuple):
     """What backward through y = g ∘ z + bias, z = x Wᵀ + t Cᵀ, reads off dY [M, N]."""
 
-    dy: Tensor  # dY ∘ g in dY's dtype; dY itself where there is no g, or nobody needs the product
+    dy: Tensor  # dY ∘ g in dY's dtype; dY itself where there is no g, or it need not be there
     h: Tensor | None  # factor · (dY ∘ g) C [M, r], where C was given
     dC: Tensor | None  # (dY ∘ g)ᵀ t [N, r], where t was given
     dg: Tensor | None  # [N], float32 or wider, where ``read`` was given
@@ -51,7 +88,10 @@ class Passed(NamedTuple):
 
 
 class OutputPass(Protocol):
-    """Gives ``Passed``; ``read`` is y, or z where ``is_y`` is False (then without a bias)."""
+    """Gives ``Passed``; ``read`` is y, or z where ``is_y`` is False (then without a bias).
+
+    ``need_dy``: the product dY ∘ g is wanted for itself; h and dC are of it either way.
+    """
 
     def __call__(
         self,
@@ -111,6 +151,60 @@ def scale_columns(y: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         torch.addcmul(bias, y, scale, out=y)
 
 
+def add_output(
+    x: Tensor,
+    weight: Tensor,
+    t: Tensor,
+    lora_B: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    linear: Linear,
+    update: Update,
+) -> Tensor:
+    """See ``Output``."""
+    if scale is None:
+        y = linear(x, weight, bias)
+        update(y, t, lora_B.t())
+    else:
+        y = linear(x, weight, None)
+        update(y, t, lora_B.t(), scale, bias)
+    return y
+
+
+def aten_onto(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out [m, n] += a [m, k] · b [n, k]ᵀ."""
+    out.addmm_(a, b.t())
+
+
+class InPlace:
+    """See ``Gradient``: every term is added when it comes, the first of them a large one."""
+
+    def __init__(self, linear: Linear, update: Update, onto: Onto = aten_onto) -> None:
+        self._linear, self._update, self._onto = linear, update, onto
+        self._dx: Tensor | None = None
+
+    def takes_scale(self, dy: Tensor, weight: Tensor) -> bool:
+        return False
+
+    def add(self, dy: Tensor, weight: Tensor, scale: Tensor | None = None) -> None:
+        own = dy if scale is None else times(dy, scale)
+        if self._dx is None:
+            self._dx = self._linear(own, weight.t(), None)
+        else:
+            self._onto(self._dx, own, weight.t())
+
+    def update(self, h: Tensor, lora_A: Tensor, keep: Mask | None = None) -> None:
+        assert self._dx is not None
+        if keep is None:
+            self._update(self._dx, h, lora_A)
+        else:
+            self._update(self._dx, h, lora_A, keep=keep)
+
+    def total(self) -> Tensor:
+        assert self._dx is not None
+        return self._dx
+
+
 def read_output(
     dy: Tensor,
     lora_B: Tensor | None,
@@ -126,7 +220,7 @@ def read_output(
 ) -> Passed:
     """See ``OutputPass``."""
     own, h, dC, dg, unread = dy, None, None, None, None
-    if out_scale is not None and need_dy:
+    if out_scale is not None and (need_dy or lora_B is not None or t is not None):
         own = times(dy, out_scale)
     if lora_B is not None:
         h = linear(own, lora_B.t(), None).mul_(factor)
@@ -155,12 +249,12 @@ def forward(
     need_t: bool,
     linear: Linear = aten_linear,
     update: Update = add_product,
+    output: Output = add_output,
     draw: Draw = stream_mask,
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N] and t = s · drop(x) Aᵀ [M, r], all in x's dtype (t only if ``need_t``)."""
     t = _down(x, lora_A, scaling, dropout_p, seed, linear, draw)
-    y = linear(x, weight, bias)
-    update(y, t, lora_B.t())
+    y = output(x, weight, t, lora_B, None, bias, linear, update)
     return y, t if need_t else None
 
 
@@ -265,6 +359,7 @@ def backward(
     linear: Linear = aten_linear,
     update: Update = add_product,
     output_pass: OutputPass = read_output,
+    gradient: Gather = InPlace,
     draw: Draw = stream_mask,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweight, dA, dB, dbias) for dy [M, N]; None where ``needs`` does not ask.
@@ -281,8 +376,9 @@ def backward(
         linear,
     )
     dx, dweight, dA = _to_input(
-        passed, x, weight, lora_A, dropout_p, seed, needs, linear=linear, update=update, draw=draw
-    )
+        dy, None, passed, x, weight, lora_A, dropout_p, seed, needs, linear,
+        gradient(linear, update), draw,
+    )  # fmt: skip
     dbias = None
     if needs.bias:
         dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
@@ -290,6 +386,8 @@ def backward(
 
 
 def _to_input(
+    dy: Tensor,
+    out_scale: Tensor | None,
     passed: Passed,
     x: Tensor | None,
     weight: Tensor | None,
@@ -297,15 +395,14 @@ def _to_input(
     dropout_p: float,
     seed: Tensor | None,
     needs: Needs,
-    *,
     linear: Linear,
-    update: Update,
+    gradient: Gradient,
     draw: Draw,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dweight, dA) from what was read off dY."""
+    """(dx, dweight, dA) from dY, g and what was read off dY."""
     dx = dweight = dA = None
     mask: Mask | None = None
-    dy, h = passed.dy, passed.h
+    h = passed.h
     if seed is not None and h is not None:
         wide = lora_A if x is None else x
         assert wide is not None
@@ -315,12 +412,23 @@ def _to_input(
         dA = reduce(linear, h, x if mask is None else mask(x))
     if needs.x:
         assert weight is not None and lora_A is not None and h is not None
-        dx = linear(dy, weight.t(), None)
-        update(dx, h, lora_A, keep=mask)
+        add_scaled(gradient, dy, passed, weight, out_scale)
+        gradient.update(h, lora_A, mask)
+        dx = gradient.total()
     if needs.weight:
         assert x is not None
-        dweight = linear(dy.t(), x.t(), None)
+        dweight = linear(passed.dy.t(), x.t(), None)
     return dx, dweight, dA
+
+
+def add_scaled(
+    gradient: Gradient, dy: Tensor, passed: Passed, weight: Tensor, out_scale: Tensor | None
+) -> None:
+    """(dY ∘ g) W onto dx, for dY as it came in where g can be left to ``gradient``."""
+    if out_scale is not None and gradient.takes_scale(dy, weight):
+        gradient.add(dy, weight, out_scale)
+    else:
+        gradient.add(passed.dy, weight)
 
 
 def scaled_forward(
@@ -339,6 +447,7 @@ def scaled_forward(
     need_z: bool,
     linear: Linear = aten_linear,
     update: Update = add_product,
+    output: Output = add_output,
     draw: Draw = stream_mask,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y = g ∘ (x Wᵀ + t Bᵀ) + bias [M, N], t as in ``forward``, and None.
@@ -348,17 +457,14 @@ def scaled_forward(
     """
     if not drop_base:
         t = _down(x, lora_A, scaling, dropout_p, seed, linear, draw)
-        y = linear(x, weight, None)
-        update(y, t, lora_B.t(), out_scale, bias)
+        y = output(x, weight, t, lora_B, out_scale, bias, linear, update)
         return y, t if need_t else None, None
     assert seed is not None
     mask = draw((x.shape[0], x.shape[1]), dropout_p, seed, x.device)
     dropped = mask(x).mul_(keep_scale(dropout_p))
     t = linear(dropped, lora_A, None).mul_(scaling)
-    y = linear(x, weight, bias)
-    update(y, t, lora_B.t())
-    z = linear(dropped, weight, None)
-    update(z, t, lora_B.t())
+    y = output(x, weight, t, lora_B, None, bias, linear, update)
+    z = output(dropped, weight, t, lora_B, None, None, linear, update)
     y.addcmul_(z, less_one(out_scale, x.dtype))
     return y, t if need_t else None, z if need_z else None
 
@@ -383,6 +489,7 @@ def scaled_backward(
     linear: Linear = aten_linear,
     update: Update = add_product,
     output_pass: OutputPass = read_output,
+    gradient: Gather = InPlace,
     draw: Draw = stream_mask,
 ) -> tuple[
     Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
@@ -419,22 +526,25 @@ def scaled_backward(
             scaling * scale,
             linear,
             out_scale=out_scale,
+            need_dy=False,
             read=read if need_out_scale else None,
             is_y=False,
         )
         dx, dweight, dA = _drop_base_to_input(
-            dy, passed.h, x, dropped, weight, lora_A, scale, mask, needs, out_scale, linear, update
-        )
+            dy, passed.h, x, dropped, weight, lora_A, scale, mask, needs, out_scale, linear,
+            gradient(linear, update),
+        )  # fmt: skip
         dB, dg = passed.dC, passed.dg
     else:
+        own = gradient(linear, update)
         passed = scaled_pass(
             dy, read, out_scale, bias, x, weight, lora_B, t, scaling * keep_scale(dropout_p),
             needs.x, needs.weight, needs.lora_A, needs.lora_B, need_out_scale, linear, output_pass,
+            own,
         )  # fmt: skip
         dx, dweight, dA = _to_input(
-            passed, x, weight, lora_A, dropout_p, seed, needs, linear=linear, update=update,
-            draw=draw,
-        )  # fmt: skip
+            dy, out_scale, passed, x, weight, lora_A, dropout_p, seed, needs, linear, own, draw
+        )
         dB, dg = passed.dC, passed.dg
     if needs.bias:
         dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
@@ -458,8 +568,9 @@ def scaled_pass(
     need_out_scale: bool,
     linear: Linear,
     output_pass: OutputPass,
+    gradient: Gradient,
 ) -> Passed:
-    """``output_pass`` of y = g ∘ (x Wᵀ + t Bᵀ) + bias for these needs.
+    """``output_pass`` of y = g ∘ (x Wᵀ + t Bᵀ) + bias for these needs, dx by ``gradient``.
 
     dg is read off y except where it does not show it. Without y what g multiplied is computed
     again, for every column; for either x, weight, lora_B and t must be there.
@@ -469,6 +580,10 @@ def scaled_pass(
         assert x is not None and weight is not None and lora_B is not None and t is not None
         read = linear(x, weight, None)
         read.addmm_(t, lora_B.t())
+    product = need_weight
+    if need_x and not product:
+        assert weight is not None
+        product = not gradient.takes_scale(dy, weight)
     passed = output_pass(
         dy,
         lora_B if need_x or need_A else None,
@@ -476,7 +591,7 @@ def scaled_pass(
         factor,
         linear,
         out_scale=out_scale,
-        need_dy=need_x or need_weight or need_A or need_B,
+        need_dy=product,
         read=read if need_out_scale else None,
         bias=None if y is None else bias,
         is_y=y is not None,
@@ -503,7 +618,7 @@ def _drop_base_to_input(
     needs: Needs,
     out_scale: Tensor,
     linear: Linear,
-    update: Update,
+    gradient: Gradient,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweight, dA) where dropout reaches the base's scaled part too: h is that of the pass,
     dropped the ``mask`` of x, scale what it is to be multiplied by."""
@@ -518,9 +633,9 @@ def _drop_base_to_input(
         dweight.addcmul_(linear(dy.t(), dropped.t(), None), extra[:, None], value=scale)
     if needs.x:
         assert weight is not None and lora_A is not None and h is not None and mask is not None
-        past = linear(times(dy, extra * scale), weight.t(), None)
-        update(past, h, lora_A)
-        dx = linear(dy, weight.t(), None).add_(mask(past))
+        gradient.add(dy, weight, extra * scale)
+        gradient.update(h, lora_A)
+        dx = linear(dy, weight.t(), None).add_(mask(gradient.total()))
     return dx, dweight, dA
 
 

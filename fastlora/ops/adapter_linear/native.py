@@ -1,11 +1,13 @@
 """The eager form with PyTorch's faster products, and natively what stands between them.
 
-The large products need no help. The narrow ones, the scales and the sums over columns are bound by
-memory: y and dY are gone through once for all of them.
+The narrow products, the scales and the sums over columns are bound by memory: y and dY are gone
+through once for all of them. The large products are the library's, or, where that is no slower
+(``takes_sum``), one with the narrow ones: then y and dx are written once, and dY ∘ g is not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -14,17 +16,50 @@ from torch import Tensor
 from fastlora.ops import backend
 from fastlora.ops.adapter_linear import eager, onednn
 from fastlora.ops.adapter_linear.contract import legible
-from fastlora.ops.adapter_linear.eager import Linear, Passed
+from fastlora.ops.adapter_linear.eager import InPlace, Linear, Passed, Update
 from fastlora.ops.dropout import Mask, threshold
 from fastlora.ops.library import address, core, with_rows
 
 _core = core()
 _BOUNDS = legible(torch.float32)
 _NARROW = 64  # ranks up to which the native products keep up with a GEMM library's
+_FEW_ROWS = 8
+_NEAR = 3 << 16  # elements of x or dY that stay in the second cache while W goes by
+_LIGHT = 1 << 20  # elements of W up to which that holds for dY W, too
+_STRIP = 64  # columns for which a thread brings W into order
 _DRAW = 8  # a draw takes as long as so many multiply-adds
 _SMALL = 1 << 17  # multiply-adds that take no longer than a second thread takes to come
 
-linear = onednn.linear if backend.multiplies_with_onednn() else eager.aten_linear
+_ONEDNN = backend.multiplies_with_onednn()
+_MEASURED = _core.isas()[-1] == "avx512" and backend.cpu_vendor() == "GenuineIntel"
+
+linear = onednn.linear if _ONEDNN else eager.aten_linear
+
+
+def onto(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """See ``eager.Onto``."""
+    if _ONEDNN:
+        out.add_(linear(a, b))
+    else:
+        eager.aten_onto(out, a, b)
+
+
+def takes_sum(
+    rows: int, depth: int, columns: int, turned: bool = False, scaled: bool = False
+) -> bool:
+    """Whether y or dx [rows, columns], sums over ``depth``, are better made by ``sum_of_products``
+    than by the library and an update: for measured sizes on measured processors (README.md).
+
+    ``turned``: the large b lies as [columns, depth], as y's; ``scaled``: a is multiplied by g.
+    """
+    if not _MEASURED or _ONEDNN or rows < _FEW_ROWS:
+        return False
+    a_thread = rows * columns // (_STRIP * torch.get_num_threads())  # its rows of a strip
+    return (
+        rows * depth <= (2 if scaled else 1) * _NEAR
+        and (turned or depth * columns <= _LIGHT)
+        and a_thread >= min(rows, _STRIP)
+    )
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -93,6 +128,93 @@ def update(
     )  # fmt: skip
 
 
+Product = tuple[Tensor, Tensor, "Tensor | None"]  # a [m, k], b [k, n], a scale [k]
+
+
+def sum_of_products(
+    out: Tensor,
+    products: Sequence[Product],
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    isa: str = "",
+) -> None:
+    """out [m, n] ← scale ∘ Σ (a ∘ its scale) b + bias. ``isa``: as above."""
+    own = []
+    for a, b, along in products:
+        b = b if 1 in b.stride() else b.contiguous()
+        own.append((with_rows(a), b, None if along is None else along.contiguous()))
+    scale = None if scale is None else scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    terms = [
+        (address(a), a.stride(0), a.shape[1], address(b), *b.stride(), address(along))
+        for a, b, along in own
+    ]
+    depth = sum(a.shape[1] for a, _, _ in own)
+    _core.sum_of_products(
+        address(out), *out.shape, out.stride(0), terms, address(scale), address(bias),
+        _threads(out.numel() * depth), isa,
+    )  # fmt: skip
+
+
+def output(
+    x: Tensor,
+    weight: Tensor,
+    t: Tensor,
+    lora_B: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    linear: Linear,
+    update: Update,
+) -> Tensor:
+    """See ``eager.Output``."""
+    if not takes_sum(x.shape[0], x.shape[1], weight.shape[0], turned=True):
+        return eager.add_output(x, weight, t, lora_B, scale, bias, linear, update)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    sum_of_products(y, [(x, weight.t(), None), (t, lora_B.t(), None)], scale, bias)
+    return y
+
+
+class Gathered(InPlace):
+    """See ``eager.Gradient``: the terms that one sum takes wait for each other."""
+
+    def __init__(self, linear: Linear, update: Update) -> None:
+        super().__init__(linear, update, onto)
+        self._terms: list[Product] = []
+        self._masked: list[tuple[Tensor, Tensor, Mask]] = []
+
+    def takes_scale(self, dy: Tensor, weight: Tensor) -> bool:
+        return self._takes(dy, weight, True)
+
+    def _takes(self, dy: Tensor, weight: Tensor, scaled: bool) -> bool:
+        return takes_sum(dy.shape[0], weight.shape[0], weight.shape[1], scaled=scaled)
+
+    def add(self, dy: Tensor, weight: Tensor, scale: Tensor | None = None) -> None:
+        if self._takes(dy, weight, scale is not None):
+            self._terms.append((dy, weight, scale))
+        else:
+            super().add(dy, weight, scale)
+
+    def update(self, h: Tensor, lora_A: Tensor, keep: Mask | None = None) -> None:
+        if not self._terms:
+            super().update(h, lora_A, keep)
+        elif keep is None:
+            self._terms.append((h, lora_A, None))
+        else:
+            self._masked.append((h, lora_A, keep))
+
+    def total(self) -> Tensor:
+        if self._terms:
+            dy, weight, _ = self._terms[0]
+            dx = dy.new_empty(dy.shape[0], weight.shape[1])
+            sum_of_products(dx, self._terms)
+            if self._dx is not None:
+                dx.add_(self._dx)
+            for h, lora_A, keep in self._masked:
+                self._update(dx, h, lora_A, keep=keep)
+            self._dx, self._terms, self._masked = dx, [], []
+        return super().total()
+
+
 def output_pass(
     dy: Tensor,
     lora_B: Tensor | None,
@@ -121,6 +243,8 @@ def output_pass(
     dy = with_rows(dy)
     c = with_rows(lora_B) if narrow and lora_B is not None else None
     left = with_rows(t) if narrow and t is not None else None
+    # beyond the narrow ranks the library multiplies it
+    need_dy = need_dy or (r > 0 and not narrow)
     own = dy.new_empty(m, n) if out_scale is not None and need_dy else None
     h = None if c is None else dy.new_empty(m, r)
     dC = None if left is None else dy.new_empty(n, r)
@@ -152,9 +276,23 @@ def _threads(multiplies: int) -> int:
 
 
 few_rows = partial(eager.few_rows, draw=draw)
-forward = partial(eager.forward, linear=linear, update=update, draw=draw)
-backward = partial(eager.backward, linear=linear, update=update, output_pass=output_pass, draw=draw)
-scaled_forward = partial(eager.scaled_forward, linear=linear, update=update, draw=draw)
+forward = partial(eager.forward, linear=linear, update=update, output=output, draw=draw)
+scaled_forward = partial(
+    eager.scaled_forward, linear=linear, update=update, output=output, draw=draw
+)
+backward = partial(
+    eager.backward,
+    linear=linear,
+    update=update,
+    output_pass=output_pass,
+    gradient=Gathered,
+    draw=draw,
+)
 scaled_backward = partial(
-    eager.scaled_backward, linear=linear, update=update, output_pass=output_pass, draw=draw
+    eager.scaled_backward,
+    linear=linear,
+    update=update,
+    output_pass=output_pass,
+    gradient=Gathered,
+    draw=draw,
 )

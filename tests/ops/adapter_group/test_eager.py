@@ -21,13 +21,15 @@ from tests.ops.adapter_group.cases import (
     run,
     shared,
 )
-from tests.ops.adapter_linear.cases import VECTORS, error
+from tests.ops.adapter_linear.cases import VECTORS, InOneSum, error
 
 CPU = torch.device("cpu")
 RUNNABLE = {
     b.name for b in BACKENDS if b.name != "triton" and not b.cannot(Situation(CPU, torch.float32))
 }
 FORMS = [pytest.param(name) for name in ("eager", "onednn", "native") if name in RUNNABLE]
+if "native" in RUNNABLE:
+    FORMS.append(pytest.param(InOneSum("native"), id="native-in-one-sum"))
 
 THREE = ({"n": 20, "r": 4, "bias": True}, {"n": 12, "r": 3}, {"n": 20, "r": 4, "scaling": 0.7})
 

@@ -10,6 +10,10 @@ NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
 VECTORS = ("out_scale", "mid_scale", "adapter_scale")
 
 
+class InOneSum(str):
+    """The name 'native', for tests in which it makes every y and dx in one sum (conftest.py)."""
+
+
 def operands(
     leading=(7,), k=24, n=20, r=4, bias=True, dtype=torch.float32, adapter_dtype=None, seed=0
 ):

@@ -12,13 +12,15 @@ from fastlora.ops.adapter_linear import BACKENDS
 from fastlora.ops.adapter_linear.reference import adapter_linear_reference
 from fastlora.ops.backend import Situation
 from fastlora.ops.dropout import draw_seed, keep_scale, philox_keep, stream_keep
-from tests.ops.adapter_linear.cases import NAMES, VECTORS, error, exact, operands, vectors
+from tests.ops.adapter_linear.cases import NAMES, VECTORS, InOneSum, error, exact, operands, vectors
 
 CPU = torch.device("cpu")
 RUNNABLE = {
     b.name for b in BACKENDS if b.name != "triton" and not b.cannot(Situation(CPU, torch.float32))
 }
 FORMS = [pytest.param(name) for name in ("eager", "onednn", "native") if name in RUNNABLE]
+if "native" in RUNNABLE:
+    FORMS.append(pytest.param(InOneSum("native"), id="native-in-one-sum"))
 
 
 def test_all_forms_are_under_test_here():

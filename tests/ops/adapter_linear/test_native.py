@@ -1,5 +1,7 @@
 """The native steps against their formulas in float64, on every instruction set there is here."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +13,7 @@ if library.missing():
     pytest.skip(library.missing(), allow_module_level=True)
 
 from fastlora.ops.adapter_linear import eager, native
+from fastlora.ops.adapter_linear.contract import Needs
 from fastlora.ops.dropout import philox_keep
 
 ISAS = library.core().isas()
@@ -87,6 +90,164 @@ def test_update_past_a_mask(isa, m, n, r, p, stride):
     assert close(out, exact, size)
     assert torch.equal(out[~keep], before[~keep])  # to the bit
     assert torch.equal(wide[:, n:], beside)
+
+
+def products(m, n, depths, straight, scale):
+    """(a, b, scale along the depth) for every depth; every second b lies the other way."""
+    made = []
+    for index, k in enumerate(depths):
+        a = draw(m, k + 3, seed=3 * index)[:, :k]
+        if straight == (index % 2 == 0):
+            b = draw(k, n + 5, seed=3 * index + 1)[:, :n]
+        else:
+            b = draw(n, k + 5, seed=3 * index + 1)[:, :k].t()
+        made.append((a, b, draw(k, seed=3 * index + 2) if scale else None))
+    return made
+
+
+SIZES = [(1, 1, 1), (5, 17, 3), (7, 130, 129), (256, 192, 576), (12, 64, 128), (13, 79, 300)]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("m, n, k", [*SIZES, (3, 5, 0), (0, 5, 3), (3, 0, 5)])
+@pytest.mark.parametrize("also", [(), (5,), (16, 257)])
+def test_sum_of_products(isa, m, n, k, also):
+    """Of all layouts; what lies about ``out`` keeps its bytes, and what lies in it is not read."""
+    for straight, scale, g, shift in itertools.product((False, True), repeat=4):
+        terms = products(m, n, (k, *also), straight, scale)
+        factor = draw(n, seed=90) if g else None
+        bias = draw(n, seed=91) if shift else None
+        exact = size = torch.zeros(m, n, dtype=torch.float64)
+        for a, b, along in terms:
+            left = a.double() if along is None else a.double() * along
+            exact, size = exact + left @ b.double(), size + left.abs() @ b.double().abs()
+        if factor is not None:
+            exact, size = exact * factor, size * factor.abs()
+        if bias is not None:
+            exact, size = exact + bias, size + bias.abs()
+        wide = torch.full((m + 4, n + 9), 7.5)
+        out = wide[2 : m + 2, 4 : n + 4]
+        out.fill_(float("nan"))
+        native.sum_of_products(out, terms, factor, bias, isa=isa)
+        assert close(out, exact, size)
+        out.fill_(7.5)
+        assert bool((wide == 7.5).all())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("m, n, k", SIZES)
+@pytest.mark.parametrize("straight", [False, True])
+def test_a_sum_is_the_same_on_any_number_of_threads(isa, m, n, k, straight, monkeypatch):
+    terms, sums = products(m, n, (k, 17), straight, True), []
+    for threads in (1, 2, 3, 7):
+        monkeypatch.setattr(native, "_threads", lambda work, threads=threads: threads)
+        sums.append(torch.empty(m, n))
+        native.sum_of_products(sums[-1], terms, draw(n), isa=isa)
+    assert all(torch.equal(other, sums[0]) for other in sums[1:])
+
+
+def test_an_operand_in_no_order_is_copied():
+    a, b = draw(9, 10)[:, ::2], draw(10, 14)[::2, ::2]
+    out = torch.empty(9, 7)
+    native.sum_of_products(out, [(a, b, None)])
+    assert close(out, a.double() @ b.double(), a.double().abs() @ b.double().abs())
+
+
+def test_a_sum_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="no products"):
+        native.sum_of_products(torch.empty(2, 3), [])
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_terms_of_dx_that_no_sum_takes_are_added(monkeypatch, mixed):
+    """Where only some of a group's sizes are measured to be better off."""
+    monkeypatch.setattr(native, "takes_sum", lambda m, n, k, **_: not mixed or n != 20)
+    sizes, g, h, lora_A = (20, 30, 20, 12), draw(30, seed=1), draw(6, 3, seed=2), draw(3, 10)
+    keep = native.draw((6, 10), 0.3, torch.tensor([4]), g.device)
+    exact = h.double() @ lora_A.double() + keep(h @ lora_A).double()
+    gradient = native.Gathered(eager.aten_linear, native.update)
+    for seed, n in enumerate(sizes):
+        dy, weight = draw(6, n, seed=seed), draw(n, 10, seed=seed + 10)
+        scale = g if n == 30 else None
+        gradient.add(dy, weight, scale)
+        exact += (dy.double() if scale is None else dy.double() * scale) @ weight.double()
+    gradient.update(h, lora_A)
+    gradient.update(h, lora_A, keep)
+    torch.testing.assert_close(gradient.total().double(), exact, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("m, n, r", [(33, 101, 5), (70, 192, 16), (20, 30, 65)])
+@pytest.mark.parametrize("has", ["h", "dC", "both"])
+def test_output_pass_need_not_write_the_product(isa, m, n, r, has, poison):
+    dy, g = draw(m, n), draw(n, seed=1)
+    c = draw(n, r, seed=2) if has != "dC" else None
+    t = draw(m, r, seed=3) if has != "h" else None
+    options = {"out_scale": g, "read": draw(m, n, seed=4)}
+    got, full = (
+        native.output_pass(dy, c, t, 0.7, eager.aten_linear, **options, need_dy=need, isa=isa)
+        for need in (False, True)
+    )
+    assert (got.dy is dy) == (r <= 64)
+    for one, other in ((got.h, full.h), (got.dC, full.dC), (got.dg, full.dg)):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
+    assert (got.h is None) == (c is None) and (got.dC is None) == (t is None)
+
+
+@pytest.mark.parametrize("need_weight", [False, True])
+def test_one_sum_takes_dy_as_it_comes(monkeypatch, need_weight):
+    """Without a product dY ∘ g, unless the weight's gradient is to be made from it."""
+    monkeypatch.setattr(native, "takes_sum", lambda *sizes, **kinds: True)
+    written, own = [], native._core.output_pass
+    x, weight, lora_A, lora_B = draw(9, 24), draw(40, 24), draw(4, 24), draw(40, 4)
+    g, t = draw(40).abs() + 0.5, draw(9, 4)
+
+    def watch(*arguments):
+        written.append(arguments[5] != 0)
+        return own(*arguments)
+
+    monkeypatch.setattr(native, "_core", CoreWith(output_pass=watch))
+    needs = Needs(True, need_weight, True, True, False)
+    options = {"out_scale": g, "drop_base": False, "bias": None, "read": None}
+    arguments = (draw(9, 40), x, weight, lora_A, lora_B, t, 0.7, 0.0, None, needs)
+    got = native.scaled_backward(*arguments, **options, need_out_scale=False)
+    plain = eager.scaled_backward(*arguments, **options, need_out_scale=False)
+    assert written == [need_weight]
+    for one, other in zip(got, plain, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-5)
+
+
+class CoreWith:
+    """The native core, some of it replaced."""
+
+    def __init__(self, **own):
+        self.__dict__.update(own)
+
+    def __getattr__(self, name):
+        return getattr(library.core(), name)
+
+
+def test_a_sum_is_taken_only_as_measured(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(native, "_MEASURED", True)
+    monkeypatch.setattr(native, "_ONEDNN", False)
+    assert native.takes_sum(256, 576, 576) and native.takes_sum(8, 1536, 576)
+    assert native.takes_sum(64, 2048, 2048, turned=True)
+    assert not native.takes_sum(64, 2048, 2048)  # dY W of a W that leaves the caches
+    assert native.takes_sum(256, 1536, 576, scaled=True)  # dY ∘ g costs a pass besides
+    assert not native.takes_sum(256, 1536, 576)
+    assert not native.takes_sum(7, 576, 576) and not native.takes_sum(2048, 576, 576)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert not native.takes_sum(256, 576, 576)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for other in ({"_MEASURED": False}, {"_ONEDNN": True}):
+        with monkeypatch.context() as elsewhere:
+            for name, value in other.items():
+                elsewhere.setattr(native, name, value)
+            assert not native.takes_sum(256, 576, 576)
 
 
 @pytest.mark.parametrize("isa", ISAS)
