@@ -65,12 +65,11 @@ def spare(x: Tensor, *results: Tensor) -> None:
         return _kept(tensor)
 
     for node in nodes:
-        try:
+        # not where it is no Function's node, or one that keeps no input
+        with suppress(AttributeError, IndexError, RuntimeError):
             node._raw_saved_tensors[0].register_hooks(pack, _unpack)
-        except (AttributeError, IndexError, RuntimeError):
-            continue  # no Function's node, or one that keeps no input
-        if isinstance(recipe, _Gate):
-            recipe.free_activation(x.grad_fn)
+    if isinstance(recipe, _Gate):
+        recipe.free_activation(x.grad_fn)
 
 
 def _unpack(recipe: Recipe) -> Tensor:
