@@ -23,7 +23,7 @@ from fastlora.ops.library import address, core, with_rows
 _core = core()
 _BOUNDS = legible(torch.float32)
 _NARROW = 64  # ranks up to which the native products keep up with a GEMM library's
-_FEW_ROWS = 8
+_FEW_ROWS, _MANY_ROWS = 8, 128  # as many as are worth bringing W into order for y, and for dx
 _NEAR = 3 << 16  # elements of x or dY that stay in the second cache while W goes by
 _LIGHT = 1 << 20  # elements of W up to which that holds for dY W, too
 _STRIP = 64  # columns for which a thread brings W into order
@@ -52,7 +52,7 @@ def takes_sum(
 
     ``turned``: the large b lies as [columns, depth], as y's; ``scaled``: a is multiplied by g.
     """
-    if not _MEASURED or _ONEDNN or rows < _FEW_ROWS:
+    if not _MEASURED or _ONEDNN or rows < (_FEW_ROWS if turned else _MANY_ROWS):
         return False
     a_thread = rows * columns // (_STRIP * torch.get_num_threads())  # its rows of a strip
     return (

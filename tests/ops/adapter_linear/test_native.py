@@ -234,12 +234,13 @@ def test_a_sum_is_taken_only_as_measured(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(native, "_MEASURED", True)
     monkeypatch.setattr(native, "_ONEDNN", False)
-    assert native.takes_sum(256, 576, 576) and native.takes_sum(8, 1536, 576)
+    assert native.takes_sum(256, 576, 576) and native.takes_sum(8, 1536, 576, turned=True)
+    assert native.takes_sum(128, 576, 576) and not native.takes_sum(127, 576, 576)
     assert native.takes_sum(64, 2048, 2048, turned=True)
-    assert not native.takes_sum(64, 2048, 2048)  # dY W of a W that leaves the caches
+    assert not native.takes_sum(128, 1024, 2048)  # dY W of a W that leaves the caches
     assert native.takes_sum(256, 1536, 576, scaled=True)  # dY ∘ g costs a pass besides
     assert not native.takes_sum(256, 1536, 576)
-    assert not native.takes_sum(7, 576, 576) and not native.takes_sum(2048, 576, 576)
+    assert not native.takes_sum(7, 576, 576, turned=True) and not native.takes_sum(2048, 576, 576)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     assert not native.takes_sum(256, 576, 576)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
