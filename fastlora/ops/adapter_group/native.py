@@ -5,24 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 from fastlora.ops.adapter_group import eager
-from fastlora.ops.adapter_linear.native import (
-    Gathered,
-    draw,
-    draw_seed,
-    linear,
-    output,
-    output_pass,
-    update,
-)
+from fastlora.ops.adapter_linear.native import BACKWARD, FORWARD, draw_seed
 
 __all__ = ["backward", "draw_seed", "forward"]
 
-forward = partial(eager.forward, linear=linear, update=update, output=output, draw=draw)
-backward = partial(
-    eager.backward,
-    linear=linear,
-    update=update,
-    output_pass=output_pass,
-    gradient=Gathered,
-    draw=draw,
-)
+forward = partial(eager.forward, **FORWARD)
+backward = partial(eager.backward, **BACKWARD)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -275,24 +276,18 @@ def _threads(multiplies: int) -> int:
     return 1 if multiplies < _SMALL else torch.get_num_threads()
 
 
+# the steps that eager.py takes by name, and adapter_group's takes too
+FORWARD: dict[str, Any] = {"linear": linear, "update": update, "output": output, "draw": draw}
+BACKWARD: dict[str, Any] = {
+    "linear": linear,
+    "update": update,
+    "output_pass": output_pass,
+    "gradient": Gathered,
+    "draw": draw,
+}
+
 few_rows = partial(eager.few_rows, draw=draw)
-forward = partial(eager.forward, linear=linear, update=update, output=output, draw=draw)
-scaled_forward = partial(
-    eager.scaled_forward, linear=linear, update=update, output=output, draw=draw
-)
-backward = partial(
-    eager.backward,
-    linear=linear,
-    update=update,
-    output_pass=output_pass,
-    gradient=Gathered,
-    draw=draw,
-)
-scaled_backward = partial(
-    eager.scaled_backward,
-    linear=linear,
-    update=update,
-    output_pass=output_pass,
-    gradient=Gathered,
-    draw=draw,
-)
+forward = partial(eager.forward, **FORWARD)
+scaled_forward = partial(eager.scaled_forward, **FORWARD)
+backward = partial(eager.backward, **BACKWARD)
+scaled_backward = partial(eager.scaled_backward, **BACKWARD)
