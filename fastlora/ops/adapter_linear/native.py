@@ -35,14 +35,7 @@ _ONEDNN = backend.multiplies_with_onednn()
 _MEASURED = _core.isas()[-1] == "avx512" and backend.cpu_vendor() == "GenuineIntel"
 
 linear = onednn.linear if _ONEDNN else eager.aten_linear
-
-
-def onto(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """See ``eager.Onto``."""
-    if _ONEDNN:
-        out.add_(linear(a, b))
-    else:
-        eager.aten_onto(out, a, b)
+onto = onednn.onto if _ONEDNN else eager.aten_onto
 
 
 def takes_sum(

@@ -39,6 +39,11 @@ def linear(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
 
+def onto(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out [m, n] += a [m, k] · b [n, k]ᵀ, float32, on the CPU."""
+    out.add_(linear(a, b))
+
+
 forward = partial(eager.forward, linear=linear)
 backward = partial(eager.backward, linear=linear)
 scaled_forward = partial(eager.scaled_forward, linear=linear)
