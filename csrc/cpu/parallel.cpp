@@ -30,10 +30,17 @@ const Runtime& runtime() {
     return found;
 }
 
+using Body = void (*)(void*, std::int64_t, std::int64_t);
+
+// The length of the range that begins at `first`.
+using Length = std::int64_t (*)(const void* how, std::int64_t first);
+
 struct Work {
-    std::int64_t count, step;
+    std::int64_t count;
+    const void* how;
+    Length length;
     void* state;
-    void (*body)(void*, std::int64_t, std::int64_t);
+    Body body;
     std::atomic<std::int64_t> next{0};
     std::atomic<bool> failed{false};
     std::exception_ptr thrown{};  // what the first body threw that did
@@ -41,8 +48,11 @@ struct Work {
     // Whoever comes takes the next range, so it does not matter how many threads come.
     void run() {
         try {
-            for (std::int64_t first; !failed && (first = next.fetch_add(step)) < count;) {
-                body(state, first, std::min(first + step, count));
+            for (std::int64_t first = next; !failed && first < count;) {
+                const std::int64_t last = std::min(first + length(how, first), count);
+                if (!next.compare_exchange_weak(first, last)) continue;
+                body(state, first, last);
+                first = next;
             }
         } catch (...) {  // nothing may be thrown out of a thread
             if (!failed.exchange(true)) thrown = std::current_exception();
@@ -85,13 +95,36 @@ void run(Work& work, unsigned ranges) {
     if (work.thrown) std::rethrow_exception(work.thrown);
 }
 
+std::int64_t same(const void* step, std::int64_t) { return *static_cast<const std::int64_t*>(step); }
+
+// See parallel_units.
+struct Units {
+    std::int64_t count, unit;
+    int threads;
+
+    static std::int64_t length(const void* how, std::int64_t first) {
+        const Units& own = *static_cast<const Units*>(how);
+        const std::int64_t share = (own.count - first) / (2 * own.threads);
+        if (share >= own.unit && first % own.unit == 0) return share - share % own.unit;
+        const std::int64_t half = std::min((own.unit + 1) / 2, own.count / own.threads);
+        return std::min(std::max<std::int64_t>(half, 1), own.unit - first % own.unit);
+    }
+};
+
 }  // namespace
 
-void parallel_for(std::int64_t count, std::int64_t grain, int threads, void* state,
-                  void (*body)(void*, std::int64_t, std::int64_t)) {
+void parallel_for(std::int64_t count, std::int64_t grain, int threads, void* state, Body body) {
     if (count <= 0) return;
-    Work work{count, range_length(count, grain, threads), state, body};
-    run(work, static_cast<unsigned>((count + work.step - 1) / work.step));
+    const std::int64_t step = range_length(count, grain, threads);
+    Work work{count, &step, same, state, body};
+    run(work, static_cast<unsigned>((count + step - 1) / step));
+}
+
+void parallel_units(std::int64_t count, std::int64_t unit, int threads, void* state, Body body) {
+    if (count <= 0) return;
+    const Units units{count, unit, std::max(threads, 1)};
+    Work work{count, &units, Units::length, state, body};
+    run(work, static_cast<unsigned>(std::min<std::int64_t>(units.threads, count)));
 }
 
 void parallel_each(std::int64_t count, int threads, void* state,
@@ -101,7 +134,8 @@ void parallel_each(std::int64_t count, int threads, void* state,
         void* state;
         void (*body)(void*, std::int64_t);
     } each{state, body};
-    Work work{count, 1, &each, [](void* all, std::int64_t index, std::int64_t) {
+    const std::int64_t step = 1;
+    Work work{count, &step, same, &each, [](void* all, std::int64_t index, std::int64_t) {
                   const Each& own = *static_cast<const Each*>(all);
                   own.body(own.state, index);
               }};

@@ -22,6 +22,19 @@ void parallel_for(std::int64_t count, std::int64_t grain, int threads, const Bod
                  });
 }
 
+// The same, for work of which a thread that is held up should leave more to the others: whoever is
+// free takes some of what is left, less and less, whole units while there are many, then halves.
+void parallel_units(std::int64_t count, std::int64_t unit, int threads, void* state,
+                    void (*body)(void* state, std::int64_t first, std::int64_t last));
+
+template <class Body>
+void parallel_units(std::int64_t count, std::int64_t unit, int threads, const Body& body) {
+    parallel_units(count, unit, threads, const_cast<Body*>(&body),
+                   [](void* state, std::int64_t first, std::int64_t last) {
+                       (*static_cast<const Body*>(state))(first, last);
+                   });
+}
+
 // Calls body(state, index) for every index below count, on at most `threads` threads: whoever is free
 // takes the next, in order. For pieces of unequal length.
 void parallel_each(std::int64_t count, int threads, void* state,

@@ -22,20 +22,30 @@ struct Right {
 template <int COUNT, int VECTORS, class Sum>
 void multiply(const float* const* w, const Right& a, std::int64_t column, std::int64_t length,
               std::int64_t ahead, Sum* sums) {
-    Floats acc[COUNT][VECTORS] = {};
+    Floats acc[COUNT][VECTORS];
+#pragma GCC unroll 8  // all of these loops, or the sums begin, or end, in memory
+    for (int i = 0; i < COUNT; ++i) {
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) acc[i][v] = Floats{};
+    }
     const float* row = a.values + column;
     for (std::int64_t line = 0; line < length; line += LINE) {
         for (int i = 0; i < COUNT; ++i) __builtin_prefetch(w[i] + line + ahead);
         const std::int64_t end = line + LINE < length ? line + LINE : length;
         for (std::int64_t j = line; j < end; ++j, row += a.stride) {
             Floats right[VECTORS];
+#pragma GCC unroll 8
             for (int v = 0; v < VECTORS; ++v) right[v] = load(row + v * LANES);
+#pragma GCC unroll 8
             for (int i = 0; i < COUNT; ++i) {
+#pragma GCC unroll 8
                 for (int v = 0; v < VECTORS; ++v) acc[i][v] += w[i][j] * right[v];
             }
         }
     }
+#pragma GCC unroll 8
     for (int i = 0; i < COUNT; ++i) {
+#pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) {
             add_to(sums + i * a.width + column + v * LANES, acc[i][v]);
         }

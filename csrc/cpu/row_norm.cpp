@@ -52,7 +52,8 @@ public:
     // Rows first..last of W, at most GRAIN of them.
     void run(std::int64_t first, std::int64_t last) const {
         const int height = least(last - first, GRAIN);
-        Buffer<double> sums(height * ranks_), b(ranks_);
+        Buffer<double> sums(height * ranks_);
+        Buffer<float> b(ranks_);
         double weight_sq[GRAIN] = {};
         zero(sums + 0, height * ranks_);
         if (call_.column == 1) {
@@ -63,10 +64,9 @@ public:
         const float* own = call_.lora_B + first * call_.b_stride;
         add_product(own, call_.b_stride, height, {half_gram_ + 0, ranks_, ranks_}, call_.r,
                     sums + 0);
+        zero(b + 0, ranks_);
         for (int i = 0; i < height; ++i) {
-            for (std::int64_t v = 0; v < ranks_; ++v) {
-                b[v] = v < call_.r ? own[i * call_.b_stride + v] : 0;
-            }
+            for (std::int64_t v = 0; v < call_.r; ++v) b[v] = own[i * call_.b_stride + v];
             if (!call_.known_sq) call_.weight_sq[first + i] = weight_sq[i];
             finish(first + i, b + 0, sums + i * ranks_);
         }
@@ -124,13 +124,13 @@ private:
     }
 
     // Row j's norm from b = B_j and u = u_j, both [ranks].
-    void finish(std::int64_t j, const double* b, const double* u) const {
+    void finish(std::int64_t j, const float* b, const double* u) const {
         const double sq = call_.known_sq ? call_.known_sq[j] : call_.weight_sq[j];
-        Doubles dots = {}, sizes = {};
-        for (std::int64_t v = 0; v < ranks_; v += LANES) {
-            const Doubles own = load(b + v);
-            dots += own * load(u + v);
-            sizes += own * own * load(squares_ + v);
+        Half dots = {}, sizes = {};
+        for (std::int64_t v = 0; v < ranks_; v += LANES / 2) {
+            const Half own = widen_half(b + v);
+            dots += own * load_half(u + v);
+            sizes += own * own * load_half(squares_ + v);
         }
         const double squared = sq + 2 * call_.scaling * sum(dots);
         const double terms = sq + sum(sizes);

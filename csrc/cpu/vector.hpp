@@ -40,19 +40,32 @@ inline void store(double* to, Doubles values) { std::memcpy(to, &values, sizeof 
 
 inline Doubles widen(Floats values) { return __builtin_convertvector(values, Doubles); }
 
+// Half of Doubles: what a register holds. Sums of Doubles go through memory.
+typedef double Half __attribute__((vector_size(4 * LANES)));
+
+inline Half load_half(const double* from) {
+    Half values;
+    std::memcpy(&values, from, sizeof values);
+    return values;
+}
+
+// LANES / 2 floats as doubles.
+inline Half widen_half(const float* from) {
+    typedef float Few __attribute__((vector_size(2 * LANES)));
+    Few values;
+    std::memcpy(&values, from, sizeof values);
+    return __builtin_convertvector(values, Half);
+}
+
 // to[i] += values[i].
 inline void add_to(float* to, Floats values) { store(to, load(to) + values); }
 
-// In halves, a register each: as sums of Doubles they would go through memory.
 inline void add_to(double* to, Floats values) {
-    typedef double Half __attribute__((vector_size(4 * LANES)));
     const Doubles wide = widen(values);
     Half halves[2];
     std::memcpy(halves, &wide, sizeof wide);
     for (int i = 0; i < 2; ++i, to += LANES / 2) {
-        Half own;
-        std::memcpy(&own, to, sizeof own);
-        own += halves[i];
+        const Half own = load_half(to) + halves[i];
         std::memcpy(to, &own, sizeof own);
     }
 }
@@ -84,6 +97,12 @@ inline int least(std::int64_t one, std::int64_t other) {
 template <class T>
 void zero(T* values, std::int64_t count) {
     for (std::int64_t i = 0; i < count; ++i) values[i] = 0;
+}
+
+inline double sum(Half values) {
+    double total = 0;
+    for (int lane = 0; lane < LANES / 2; ++lane) total += values[lane];
+    return total;
 }
 
 inline double sum(Doubles values) {

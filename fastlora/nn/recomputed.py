@@ -31,21 +31,45 @@ _hooks_on_top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", 
 _MOST_STEPS = 4  # nodes between x and what is kept: a norm in half precision takes three
 
 
+class _Activation:
+    """act(gate), as often as it is asked for. Backward asks twice, for the layer's input and then
+    for the product's own gradient: ``for_product`` takes what ``for_layer`` has left it."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], gate: Recipe) -> None:
+        self._function, self._gate = function, gate
+        self._left: Tensor | None = None
+        self.product_asks = False
+
+    def for_layer(self) -> Tensor:
+        """One that may not be written into where ``product_asks``."""
+        found = self._function(self._gate())
+        if self.product_asks:
+            self._left = found
+        return found
+
+    def for_product(self) -> Tensor:
+        gate = self._gate()  # which says so if it has been changed since
+        found, self._left = self._left, None
+        return self._function(gate) if found is None else found
+
+
 class _Gate(NamedTuple):
     """act(gate) ∘ up; ``slot`` is where the product's node keeps act(gate)."""
 
-    activation: Recipe
+    activation: _Activation
     up: Recipe
     slot: str
 
     def __call__(self) -> Tensor:
-        return self.activation().mul_(self.up())
+        activation, up = self.activation.for_layer(), self.up()
+        return activation * up if self.activation.product_asks else activation.mul_(up)
 
     def free_activation(self, product: Any) -> None:
-        activation = self.activation
+        recipe = self.activation.for_product
         # not kept, as up is frozen; or replaced before, for another layer that reads x
         with suppress(RuntimeError):
-            getattr(product, self.slot).register_hooks(lambda _: activation, _unpack)
+            getattr(product, self.slot).register_hooks(lambda _: recipe, _unpack)
+            self.activation.product_asks = True
 
 
 def spare(x: Tensor, *results: Tensor) -> None:
@@ -107,7 +131,7 @@ def _gate(x: Tensor) -> _Gate | None:
         for factor in (gate, up):
             if type(factor) is not Tensor or factor.shape != x.shape or factor.dtype != x.dtype:
                 return None
-        activation = partial(_activate, _ACTIVATIONS[child.name()](child), _kept(gate.detach()))
+        activation = _Activation(_ACTIVATIONS[child.name()](child), _kept(gate.detach()))
         return _Gate(activation, _kept(up.detach()), "_raw_saved_" + ("self", "other")[position])
     return None
 
@@ -140,10 +164,6 @@ def _cast(of: Recipe, dtype: torch.dtype) -> Tensor:
 
 def _product(one: Recipe, other: Recipe) -> Tensor:
     return one() * other()
-
-
-def _activate(function: Callable[[Tensor], Tensor], of: Recipe) -> Tensor:
-    return function(of())
 
 
 def _kept(tensor: Tensor) -> Recipe:

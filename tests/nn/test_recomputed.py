@@ -176,6 +176,28 @@ def test_whoever_looks_at_what_lies_between_sees_what_there_was(monkeypatch, fou
         assert torch.equal(mine, theirs)
 
 
+def test_backward_computes_an_activation_once(monkeypatch):
+    """For the layer's input and the product's own gradient; and again for a graph that is gone
+    through again, after a backward that never came to the product, too."""
+    calls = []
+
+    def silu(gate):
+        calls.append(gate)
+        return F.silu(gate)
+
+    monkeypatch.setitem(recomputed._ACTIVATIONS, "SiluBackward0", lambda node: silu)
+    block, x = Block(), torch.randn(ROWS, NARROW)
+    parameters = [p for p in block.parameters() if p.requires_grad]
+    y = block(x).square().sum()
+    expected = torch.autograd.grad(y, parameters, retain_graph=True)
+    assert len(calls) == 1
+    torch.autograd.grad(y, block.down.lora_B.weight, retain_graph=True)
+    for turn in (3, 4):
+        got = torch.autograd.grad(y, parameters, retain_graph=True)
+        assert all(map(torch.equal, got, expected))
+        assert len(calls) == turn
+
+
 @pytest.mark.parametrize("swapped", [False, True])
 def test_two_layers_on_one_product_whose_other_factor_is_frozen_or_not(monkeypatch, swapped):
     def grads(frozen):

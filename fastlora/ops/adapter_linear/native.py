@@ -7,9 +7,10 @@ through once for all of them. The large products are the library's, or, where th
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,34 +25,61 @@ from fastlora.ops.library import address, core, with_rows
 _core = core()
 _BOUNDS = legible(torch.float32)
 _NARROW = 64  # ranks up to which the native products keep up with a GEMM library's
-_FEW_ROWS, _MANY_ROWS = 8, 128  # as many as are worth bringing W into order for y, and for dx
-_NEAR = 3 << 16  # elements of x or dY that stay in the second cache while W goes by
-_LIGHT = 1 << 20  # elements of W up to which that holds for dY W, too
 _STRIP = 64  # columns for which a thread brings W into order
 _DRAW = 8  # a draw takes as long as so many multiply-adds
 _SMALL = 1 << 17  # multiply-adds that take no longer than a second thread takes to come
 
 _ONEDNN = backend.multiplies_with_onednn()
-_MEASURED = _core.isas()[-1] == "avx512" and backend.cpu_vendor() == "GenuineIntel"
 
 linear = onednn.linear if _ONEDNN else eager.aten_linear
 onto = onednn.onto if _ONEDNN else eager.aten_onto
+
+
+class Sums(NamedTuple):
+    """The sizes at which a processor makes y or dx no slower in one sum than by the library and an
+    update (``bench.cpu_products``): from how few rows on, for y and for dx, up to how many, and up
+    to how many elements of x or dY, and of dx's W."""
+
+    y_rows: int
+    dx_rows: int
+    rows: float = math.inf
+    near: float = math.inf
+    light: float = math.inf
+
+
+# by the processor's maker and the widest vectors it has; where oneDNN multiplies, none was measured
+_SUMS = {
+    # a Xeon (Emerald Rapids): as long as x or dY stays in the second cache while W goes by
+    ("GenuineIntel", "avx512"): Sums(y_rows=8, dx_rows=128, near=3 << 16, light=1 << 20),
+    # an EPYC (Zen 3)
+    ("AuthenticAMD", "avx2"): Sums(y_rows=8, dx_rows=8, rows=1024),
+}
+_sums = None if _ONEDNN else _SUMS.get((backend.cpu_vendor(), _core.isas()[-1]))
 
 
 def takes_sum(
     rows: int, depth: int, columns: int, turned: bool = False, scaled: bool = False
 ) -> bool:
     """Whether y or dx [rows, columns], sums over ``depth``, are better made by ``sum_of_products``
-    than by the library and an update: for measured sizes on measured processors (README.md).
+    than by the library and an update.
 
     ``turned``: the large b lies as [columns, depth], as y's; ``scaled``: a is multiplied by g.
     """
-    if not _MEASURED or _ONEDNN or rows < (_FEW_ROWS if turned else _MANY_ROWS):
+    if _sums is None:
         return False
-    a_thread = rows * columns // (_STRIP * torch.get_num_threads())  # its rows of a strip
+    return _takes_sum(_sums, rows, depth, columns, turned, scaled, torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=1024)  # it is asked three times a layer
+def _takes_sum(
+    sums: Sums, rows: int, depth: int, columns: int, turned: bool, scaled: bool, threads: int
+) -> bool:
+    if not (sums.y_rows if turned else sums.dx_rows) <= rows <= sums.rows:
+        return False
+    a_thread = rows * columns // (_STRIP * threads)  # its rows of a strip
     return (
-        rows * depth <= (2 if scaled else 1) * _NEAR
-        and (turned or depth * columns <= _LIGHT)
+        rows * depth <= (2 if scaled else 1) * sums.near
+        and (turned or depth * columns <= sums.light)
         and a_thread >= min(rows, _STRIP)
     )
 
@@ -123,6 +151,7 @@ def update(
 
 
 Product = tuple[Tensor, Tensor, "Tensor | None"]  # a [m, k], b [k, n], a scale [k]
+_Term = tuple[int, int, int, int, int, int, int]  # as the core takes it
 
 
 def sum_of_products(
@@ -133,20 +162,43 @@ def sum_of_products(
     isa: str = "",
 ) -> None:
     """out [m, n] ← scale ∘ Σ (a ∘ its scale) b + bias. ``isa``: as above."""
-    own = []
-    for a, b, along in products:
-        b = b if 1 in b.stride() else b.contiguous()
-        own.append((with_rows(a), b, None if along is None else along.contiguous()))
+    held: list[Tensor] = []
+    terms = [_term(a, b, along, False, held) for a, b, along in products]
+    _sum(out, terms, scale, bias, isa)
+
+
+def _term(a: Tensor, b: Tensor, along: Tensor | None, turned: bool, held: list[Tensor]) -> _Term:
+    """``turned``: b lies as [n, k]. What had to be copied is ``held`` for the caller."""
+    stride, one = a.stride()
+    if one != 1:
+        a = a.contiguous()
+        stride = a.stride(0)
+        held.append(a)
+    row, column = b.stride()
+    if row != 1 and column != 1:
+        b = b.contiguous()
+        row, column = b.stride()
+        held.append(b)
+    if along is not None and along.stride(0) != 1:
+        along = along.contiguous()
+        held.append(along)
+    if turned:
+        row, column = column, row
+    # a null pointer is for ``address`` to judge
+    first, second = a.data_ptr() or address(a), b.data_ptr() or address(b)
+    return first, stride, a.shape[1], second, row, column, address(along)
+
+
+def _sum(
+    out: Tensor, terms: list[_Term], scale: Tensor | None, bias: Tensor | None, isa: str = ""
+) -> None:
     scale = None if scale is None else scale.contiguous()
     bias = None if bias is None else bias.contiguous()
-    terms = [
-        (address(a), a.stride(0), a.shape[1], address(b), *b.stride(), address(along))
-        for a, b, along in own
-    ]
-    depth = sum(a.shape[1] for a, _, _ in own)
+    m, n = out.shape
+    depth = sum([term[2] for term in terms])
     _core.sum_of_products(
-        address(out), *out.shape, out.stride(0), terms, address(scale), address(bias),
-        _threads(out.numel() * depth), isa,
+        address(out), m, n, out.stride(0), terms, address(scale), address(bias),
+        _threads(m * n * depth), isa,
     )  # fmt: skip
 
 
@@ -161,10 +213,14 @@ def output(
     update: Update,
 ) -> Tensor:
     """See ``eager.Output``."""
-    if not takes_sum(x.shape[0], x.shape[1], weight.shape[0], turned=True):
+    m, k = x.shape
+    n = weight.shape[0]
+    if not takes_sum(m, k, n, turned=True):
         return eager.add_output(x, weight, t, lora_B, scale, bias, linear, update)
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    sum_of_products(y, [(x, weight.t(), None), (t, lora_B.t(), None)], scale, bias)
+    y = x.new_empty(m, n)
+    held: list[Tensor] = []
+    terms = [_term(x, weight, None, True, held), _term(t, lora_B, None, True, held)]
+    _sum(y, terms, scale, bias)
     return y
 
 
@@ -279,8 +335,8 @@ BACKWARD: dict[str, Any] = {
     "draw": draw,
 }
 
-few_rows = partial(eager.few_rows, draw=draw)
-forward = partial(eager.forward, **FORWARD)
-scaled_forward = partial(eager.scaled_forward, **FORWARD)
-backward = partial(eager.backward, **BACKWARD)
-scaled_backward = partial(eager.scaled_backward, **BACKWARD)
+few_rows = functools.partial(eager.few_rows, draw=draw)
+forward = functools.partial(eager.forward, **FORWARD)
+scaled_forward = functools.partial(eager.scaled_forward, **FORWARD)
+backward = functools.partial(eager.backward, **BACKWARD)
+scaled_backward = functools.partial(eager.scaled_backward, **BACKWARD)

@@ -105,7 +105,11 @@ def products(m, n, depths, straight, scale):
     return made
 
 
-SIZES = [(1, 1, 1), (5, 17, 3), (7, 130, 129), (256, 192, 576), (12, 64, 128), (13, 79, 300)]
+# the last but one has several slices, the last more than one block of rows (without AVX-512)
+SIZES = [
+    (1, 1, 1), (5, 17, 3), (7, 130, 129), (256, 192, 576), (12, 64, 128), (13, 79, 300),
+    (11, 75, 1000), (400, 70, 40),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -230,10 +234,13 @@ class CoreWith:
         return getattr(library.core(), name)
 
 
-def test_a_sum_is_taken_only_as_measured(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(native, "_MEASURED", True)
-    monkeypatch.setattr(native, "_ONEDNN", False)
+def rules(monkeypatch, vendor, isa, threads=2):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(native, "_sums", native._SUMS.get((vendor, isa)))
+
+
+def test_a_sum_is_taken_only_as_measured_on_intel(monkeypatch):
+    rules(monkeypatch, "GenuineIntel", "avx512")
     assert native.takes_sum(256, 576, 576) and native.takes_sum(8, 1536, 576, turned=True)
     assert native.takes_sum(128, 576, 576) and not native.takes_sum(127, 576, 576)
     assert native.takes_sum(64, 2048, 2048, turned=True)
@@ -241,14 +248,27 @@ def test_a_sum_is_taken_only_as_measured(monkeypatch):
     assert native.takes_sum(256, 1536, 576, scaled=True)  # dY ∘ g costs a pass besides
     assert not native.takes_sum(256, 1536, 576)
     assert not native.takes_sum(7, 576, 576, turned=True) and not native.takes_sum(2048, 576, 576)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+
+
+def test_a_sum_is_taken_only_as_measured_on_amd(monkeypatch):
+    rules(monkeypatch, "AuthenticAMD", "avx2")
+    assert native.takes_sum(8, 576, 576) and native.takes_sum(8, 576, 576, turned=True)
+    assert not native.takes_sum(7, 576, 576) and not native.takes_sum(7, 576, 576, turned=True)
+    assert native.takes_sum(1024, 4096, 4096) and not native.takes_sum(1025, 576, 576)
+
+
+@pytest.mark.parametrize("vendor, isa", [("GenuineIntel", "avx512"), ("AuthenticAMD", "avx2")])
+def test_a_sum_is_not_taken_where_a_thread_would_have_little_of_a_strip(monkeypatch, vendor, isa):
+    rules(monkeypatch, vendor, isa, threads=64)
     assert not native.takes_sum(256, 576, 576)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    for other in ({"_MEASURED": False}, {"_ONEDNN": True}):
-        with monkeypatch.context() as elsewhere:
-            for name, value in other.items():
-                elsewhere.setattr(native, name, value)
-            assert not native.takes_sum(256, 576, 576)
+
+
+@pytest.mark.parametrize(
+    "vendor, isa", [("GenuineIntel", "avx2"), ("AuthenticAMD", "avx512"), ("", "avx2")]
+)
+def test_a_sum_is_not_taken_where_it_was_not_measured(monkeypatch, vendor, isa):
+    rules(monkeypatch, vendor, isa)
+    assert not native.takes_sum(256, 576, 576)
 
 
 @pytest.mark.parametrize("isa", ISAS)
