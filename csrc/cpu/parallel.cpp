@@ -32,15 +32,13 @@ const Runtime& runtime() {
 
 using Body = void (*)(void*, std::int64_t, std::int64_t);
 
-// The length of the range that begins at `first`.
-using Length = std::int64_t (*)(const void* how, std::int64_t first);
-
 struct Work {
     std::int64_t count;
-    const void* how;
-    Length length;
+    std::int64_t step;  // the length of every range but the last; 0: see parallel_units
     void* state;
     Body body;
+    std::int64_t unit = 0;
+    int threads = 0;
     std::atomic<std::int64_t> next{0};
     std::atomic<bool> failed{false};
     std::exception_ptr thrown{};  // what the first body threw that did
@@ -49,7 +47,7 @@ struct Work {
     void run() {
         try {
             for (std::int64_t first = next; !failed && first < count;) {
-                const std::int64_t last = std::min(first + length(how, first), count);
+                const std::int64_t last = std::min(first + length(first), count);
                 if (!next.compare_exchange_weak(first, last)) continue;
                 body(state, first, last);
                 first = next;
@@ -57,6 +55,15 @@ struct Work {
         } catch (...) {  // nothing may be thrown out of a thread
             if (!failed.exchange(true)) thrown = std::current_exception();
         }
+    }
+
+    // Of the range that begins at `first`.
+    std::int64_t length(std::int64_t first) const {
+        if (step > 0) return step;
+        const std::int64_t share = (count - first) / (2 * threads);
+        if (share >= unit && first % unit == 0) return share - share % unit;
+        const std::int64_t half = std::min((unit + 1) / 2, count / threads);
+        return std::min(std::max<std::int64_t>(half, 1), unit - first % unit);
     }
 };
 
@@ -95,36 +102,20 @@ void run(Work& work, unsigned ranges) {
     if (work.thrown) std::rethrow_exception(work.thrown);
 }
 
-std::int64_t same(const void* step, std::int64_t) { return *static_cast<const std::int64_t*>(step); }
-
-// See parallel_units.
-struct Units {
-    std::int64_t count, unit;
-    int threads;
-
-    static std::int64_t length(const void* how, std::int64_t first) {
-        const Units& own = *static_cast<const Units*>(how);
-        const std::int64_t share = (own.count - first) / (2 * own.threads);
-        if (share >= own.unit && first % own.unit == 0) return share - share % own.unit;
-        const std::int64_t half = std::min((own.unit + 1) / 2, own.count / own.threads);
-        return std::min(std::max<std::int64_t>(half, 1), own.unit - first % own.unit);
-    }
-};
-
 }  // namespace
 
 void parallel_for(std::int64_t count, std::int64_t grain, int threads, void* state, Body body) {
     if (count <= 0) return;
     const std::int64_t step = range_length(count, grain, threads);
-    Work work{count, &step, same, state, body};
+    Work work{count, step, state, body};
     run(work, static_cast<unsigned>((count + step - 1) / step));
 }
 
 void parallel_units(std::int64_t count, std::int64_t unit, int threads, void* state, Body body) {
     if (count <= 0) return;
-    const Units units{count, unit, std::max(threads, 1)};
-    Work work{count, &units, Units::length, state, body};
-    run(work, static_cast<unsigned>(std::min<std::int64_t>(units.threads, count)));
+    threads = std::max(threads, 1);
+    Work work{count, 0, state, body, unit, threads};
+    run(work, static_cast<unsigned>(std::min<std::int64_t>(threads, count)));
 }
 
 void parallel_each(std::int64_t count, int threads, void* state,
@@ -134,8 +125,7 @@ void parallel_each(std::int64_t count, int threads, void* state,
         void* state;
         void (*body)(void*, std::int64_t);
     } each{state, body};
-    const std::int64_t step = 1;
-    Work work{count, &step, same, &each, [](void* all, std::int64_t index, std::int64_t) {
+    Work work{count, 1, &each, [](void* all, std::int64_t index, std::int64_t) {
                   const Each& own = *static_cast<const Each*>(all);
                   own.body(own.state, index);
               }};

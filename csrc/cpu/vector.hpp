@@ -30,14 +30,6 @@ inline Floats load(const float* from) {
 
 inline void store(float* to, Floats values) { std::memcpy(to, &values, sizeof values); }
 
-inline Doubles load(const double* from) {
-    Doubles values;
-    std::memcpy(&values, from, sizeof values);
-    return values;
-}
-
-inline void store(double* to, Doubles values) { std::memcpy(to, &values, sizeof values); }
-
 inline Doubles widen(Floats values) { return __builtin_convertvector(values, Doubles); }
 
 // Half of Doubles: what a register holds. Sums of Doubles go through memory.

@@ -33,7 +33,8 @@ _MOST_STEPS = 4  # nodes between x and what is kept: a norm in half precision ta
 
 class _Activation:
     """act(gate), as often as it is asked for. Backward asks twice, for the layer's input and then
-    for the product's own gradient: ``for_product`` takes what ``for_layer`` has left it."""
+    for the product's own gradient: ``for_product`` takes what ``for_layer`` has left it. A backward
+    that does not come to the product leaves it there as long as the graph lives."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], gate: Recipe) -> None:
         self._function, self._gate = function, gate

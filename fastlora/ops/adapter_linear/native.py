@@ -47,14 +47,14 @@ class Sums(NamedTuple):
     light: float = math.inf
 
 
-# by the processor's maker and the widest vectors it has; where oneDNN multiplies, none was measured
+# by the processor's maker and the widest vectors it has; where oneDNN multiplies there is none
 _SUMS = {
     # a Xeon (Emerald Rapids): as long as x or dY stays in the second cache while W goes by
     ("GenuineIntel", "avx512"): Sums(y_rows=8, dx_rows=128, near=3 << 16, light=1 << 20),
     # an EPYC (Zen 3)
     ("AuthenticAMD", "avx2"): Sums(y_rows=8, dx_rows=8, rows=1024),
 }
-_sums = None if _ONEDNN else _SUMS.get((backend.cpu_vendor(), _core.isas()[-1]))
+_sums = _SUMS.get((backend.cpu_vendor(), _core.isas()[-1]))
 
 
 def takes_sum(
@@ -162,31 +162,23 @@ def sum_of_products(
     isa: str = "",
 ) -> None:
     """out [m, n] ← scale ∘ Σ (a ∘ its scale) b + bias. ``isa``: as above."""
-    held: list[Tensor] = []
+    held: list[Tensor | None] = []
     terms = [_term(a, b, along, False, held) for a, b, along in products]
     _sum(out, terms, scale, bias, isa)
 
 
-def _term(a: Tensor, b: Tensor, along: Tensor | None, turned: bool, held: list[Tensor]) -> _Term:
-    """``turned``: b lies as [n, k]. What had to be copied is ``held`` for the caller."""
-    stride, one = a.stride()
-    if one != 1:
-        a = a.contiguous()
-        stride = a.stride(0)
-        held.append(a)
+def _term(
+    a: Tensor, b: Tensor, along: Tensor | None, turned: bool, held: list[Tensor | None]
+) -> _Term:
+    """``turned``: b lies as [n, k]. ``held`` keeps what may have had to be copied."""
+    a = with_rows(a)
+    b = b if 1 in b.stride() else b.contiguous()
+    along = None if along is None else along.contiguous()
+    held += (a, b, along)
     row, column = b.stride()
-    if row != 1 and column != 1:
-        b = b.contiguous()
-        row, column = b.stride()
-        held.append(b)
-    if along is not None and along.stride(0) != 1:
-        along = along.contiguous()
-        held.append(along)
     if turned:
         row, column = column, row
-    # a null pointer is for ``address`` to judge
-    first, second = a.data_ptr() or address(a), b.data_ptr() or address(b)
-    return first, stride, a.shape[1], second, row, column, address(along)
+    return address(a), a.stride(0), a.shape[1], address(b), row, column, address(along)
 
 
 def _sum(
@@ -218,7 +210,7 @@ def output(
     if not takes_sum(m, k, n, turned=True):
         return eager.add_output(x, weight, t, lora_B, scale, bias, linear, update)
     y = x.new_empty(m, n)
-    held: list[Tensor] = []
+    held: list[Tensor | None] = []
     terms = [_term(x, weight, None, True, held), _term(t, lora_B, None, True, held)]
     _sum(y, terms, scale, bias)
     return y
