@@ -115,8 +115,8 @@ using TermTuple = std::tuple<Address, std::int64_t, std::int64_t, Address, std::
                              std::int64_t, Address>;
 
 void sum_of_products(Address out, std::int64_t rows, std::int64_t columns, std::int64_t out_stride,
-                     const std::vector<TermTuple>& terms, Address g, Address bias, int threads,
-                     const std::string& isa) {
+                     const std::vector<TermTuple>& terms, Address g, Address bias, int slice,
+                     int threads, const std::string& isa) {
     const auto kernel = FASTLORA_PICK(fastlora::find_isa(isa), sum_of_products);
     if (terms.empty()) throw std::invalid_argument("a sum of no products");
     std::vector<fastlora::Term> own;
@@ -126,7 +126,7 @@ void sum_of_products(Address out, std::int64_t rows, std::int64_t columns, std::
     }
     const fastlora::SumOfProducts call{
         at<float>(out), rows, columns, out_stride, own.data(), static_cast<int>(own.size()),
-        at<const float>(g), at<const float>(bias)};
+        at<const float>(g), at<const float>(bias), slice};
     py::gil_scoped_release released;
     kernel(call, threads);
 }

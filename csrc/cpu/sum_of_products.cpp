@@ -23,9 +23,8 @@ namespace {
 constexpr int ROWS = 6;
 constexpr int VECTORS = LANES == 16 ? 4 : 2;  // ROWS x VECTORS sums fill the registers
 constexpr int PANEL = VECTORS * LANES;
-// As measured, with AVX-512 on an Intel Xeon (2 MiB of second cache a core), with AVX2 on Zen 3 (0.5).
 constexpr int STRIP = 64;                                // a few lines of memory
-constexpr int DEPTH = LANES == 16 ? 128 : 384;           // of a slice, a panel of which stays in L1
+constexpr int DEPTH = 256;                               // of a slice, where the caller has no figure
 constexpr int BLOCK = (LANES == 16 ? 8192 : 32) * ROWS;  // rows of a that a strip's panels share
 constexpr int LINE = 16;                                 // floats that come from memory together
 static_assert(STRIP % PANEL == 0, "a strip is whole panels");
@@ -40,6 +39,10 @@ struct Slice {
 
     const float* b() const { return term->b + from * term->b_row + column * term->b_column; }
 };
+
+inline int most_depth(const SumOfProducts& call) {
+    return call.slice > 0 ? (call.slice + LINE - 1) / LINE * LINE : DEPTH;
+}
 
 // What a tile does besides multiplying: out is new, or holds the slices before; g and bias come with
 // the last.
@@ -177,11 +180,11 @@ inline void turn(const float* from, std::int64_t stride, int width, int length, 
     transpose(from + j * stride, stride, width - j, length, to + j, PANEL);
 }
 
-// Of a buffer b [panels, DEPTH, PANEL], row 0 from column j on.
-inline float* at_column(float* b, int j) { return b + j / PANEL * (DEPTH * PANEL) + j % PANEL; }
-
-// The panels of a slice, zeros in the lanes of the last vector that are beyond its width.
+// b [panels, length, PANEL] of a slice, zeros in the lanes of the last vector beyond its width.
 void fill(const Slice& slice, float* b) {
+    const auto at_column = [&](float* row, int j) {
+        return row + static_cast<std::int64_t>(j / PANEL) * slice.length * PANEL + j % PANEL;
+    };
     const Term& term = *slice.term;
     const float* from = slice.b();
     const float* scale = term.scale ? term.scale + slice.from : nullptr;
@@ -274,7 +277,8 @@ public:
 private:
     // As long as a term's others are, up to whole lines.
     Slice at(const Term* term, std::int64_t from, std::int64_t column) const {
-        const std::int64_t slices = term->depth > 0 ? (term->depth + DEPTH - 1) / DEPTH : 1;
+        const int most = most_depth(call_);
+        const std::int64_t slices = term->depth > 0 ? (term->depth + most - 1) / most : 1;
         const std::int64_t lines = (term->depth + slices * LINE - 1) / (slices * LINE);
         return {term, from, least(term->depth - from, lines * LINE), column,
                 least(call_.columns - column, STRIP)};
@@ -300,7 +304,7 @@ private:
         const Ends ends{whole.first, whole.g ? whole.g + start : nullptr,
                         whole.bias ? whole.bias + start : nullptr};
         const float* a = term.a + row * term.a_stride + slice.from;
-        const float* b = at_column(b_, start);
+        const float* b = b_ + static_cast<std::int64_t>(start) * slice.length;
         float* out = call_.out + row * call_.out_stride + column_ + start;
         for (; width == V * LANES && row + ROWS <= end; row += ROWS) {
             lines.fetch(share);
@@ -319,7 +323,7 @@ private:
 
     const SumOfProducts& call_;
     const std::int64_t column_, top_, bottom_;
-    float* const b_;  // [STRIP / PANEL, DEPTH, PANEL]
+    float* const b_;  // a slice's panels
     const int width_;
     float g_[STRIP], bias_[STRIP];
 };
@@ -331,7 +335,7 @@ void sum_of_products(const SumOfProducts& call, int threads) {
     const std::int64_t tiles = (call.rows + ROWS - 1) / ROWS;
     const std::int64_t strips = (call.columns + STRIP - 1) / STRIP;
     parallel_units(tiles * strips, tiles, threads, [&](std::int64_t first, std::int64_t last) {
-        const Buffer<float> b(DEPTH * STRIP);
+        const Buffer<float> b(static_cast<std::int64_t>(most_depth(call)) * STRIP);
         while (first < last) {
             const std::int64_t strip = first / tiles, from = first % tiles;
             const std::int64_t to = least(from + last - first, tiles);

@@ -23,6 +23,7 @@ struct SumOfProducts {
     int count;          // of terms, at least 1
     const float* g;     // [columns] or null
     const float* bias;  // [columns] or null
+    int slice;          // of a term's depth, how much is multiplied at once, at most; 0: as by default
 };
 
 }  // namespace fastlora

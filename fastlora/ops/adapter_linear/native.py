@@ -38,8 +38,9 @@ onto = onednn.onto if _ONEDNN else eager.aten_onto
 class Sums(NamedTuple):
     """The sizes at which a processor makes y or dx no slower in one sum than by the library and an
     update (``bench.cpu_products``): from how few rows on, for y and for dx, up to how many, and up
-    to how many elements of x or dY, and of dx's W."""
+    to how many elements of x or dY, and of dx's W. ``slice``: how much of a depth goes at once."""
 
+    slice: int
     y_rows: int
     dx_rows: int
     rows: float = math.inf
@@ -47,14 +48,16 @@ class Sums(NamedTuple):
     light: float = math.inf
 
 
-# by the processor's maker and the widest vectors it has; where oneDNN multiplies there is none
+# by the processor's maker and the widest vectors it has
 _SUMS = {
     # a Xeon (Emerald Rapids): as long as x or dY stays in the second cache while W goes by
-    ("GenuineIntel", "avx512"): Sums(y_rows=8, dx_rows=128, near=3 << 16, light=1 << 20),
-    # an EPYC (Zen 3)
-    ("AuthenticAMD", "avx2"): Sums(y_rows=8, dx_rows=8, rows=1024),
+    ("GenuineIntel", "avx512"): Sums(128, y_rows=8, dx_rows=128, near=3 << 16, light=1 << 20),
+    # EPYCs: Zen 4, where the library is oneDNN, and Zen 3
+    ("AuthenticAMD", "avx512"): Sums(256, y_rows=8, dx_rows=8, rows=512),
+    ("AuthenticAMD", "avx2"): Sums(384, y_rows=8, dx_rows=8, rows=1024),
 }
 _sums = _SUMS.get((backend.cpu_vendor(), _core.isas()[-1]))
+_SLICE = 0 if _sums is None else _sums.slice
 
 
 def takes_sum(
@@ -189,7 +192,7 @@ def _sum(
     m, n = out.shape
     depth = sum([term[2] for term in terms])
     _core.sum_of_products(
-        address(out), m, n, out.stride(0), terms, address(scale), address(bias),
+        address(out), m, n, out.stride(0), terms, address(scale), address(bias), _SLICE,
         _threads(m * n * depth), isa,
     )  # fmt: skip
 

@@ -255,6 +255,10 @@ def test_a_sum_is_taken_only_as_measured_on_amd(monkeypatch):
     assert native.takes_sum(8, 576, 576) and native.takes_sum(8, 576, 576, turned=True)
     assert not native.takes_sum(7, 576, 576) and not native.takes_sum(7, 576, 576, turned=True)
     assert native.takes_sum(1024, 4096, 4096) and not native.takes_sum(1025, 576, 576)
+    rules(monkeypatch, "AuthenticAMD", "avx512")
+    assert native.takes_sum(8, 576, 576) and native.takes_sum(8, 576, 576, turned=True)
+    assert not native.takes_sum(7, 576, 576) and not native.takes_sum(7, 576, 576, turned=True)
+    assert native.takes_sum(512, 4096, 4096) and not native.takes_sum(513, 576, 576)
 
 
 @pytest.mark.parametrize("vendor, isa", [("GenuineIntel", "avx512"), ("AuthenticAMD", "avx2")])
@@ -264,7 +268,7 @@ def test_a_sum_is_not_taken_where_a_thread_would_have_little_of_a_strip(monkeypa
 
 
 @pytest.mark.parametrize(
-    "vendor, isa", [("GenuineIntel", "avx2"), ("AuthenticAMD", "avx512"), ("", "avx2")]
+    "vendor, isa", [("GenuineIntel", "avx2"), ("AuthenticAMD", "baseline"), ("", "avx2")]
 )
 def test_a_sum_is_not_taken_where_it_was_not_measured(monkeypatch, vendor, isa):
     rules(monkeypatch, vendor, isa)
