@@ -12,6 +12,7 @@
 #include <immintrin.h>
 #endif
 
+#include "few_rows.hpp"
 #include "packed.hpp"
 #include "parallel.hpp"
 #include "vector.hpp"
@@ -332,6 +333,7 @@ private:
 
 void sum_of_products(const SumOfProducts& call, int threads) {
     if (call.rows <= 0 || call.columns <= 0) return;
+    if (has_few_rows(call)) return sum_of_few_rows(call, threads);
     const std::int64_t tiles = (call.rows + ROWS - 1) / ROWS;
     const std::int64_t strips = (call.columns + STRIP - 1) / STRIP;
     parallel_units(tiles * strips, tiles, threads, [&](std::int64_t first, std::int64_t last) {

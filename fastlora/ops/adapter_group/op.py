@@ -74,7 +74,8 @@ def adapter_group(
     if one_by_one:
         return tuple(_alone(x, member, backend) for member in members)
     module = _backend.select("adapter_group", BACKENDS, device, x.dtype, backend)
-    if has_few_rows(x, module):
+    columns = sum(member.weight.shape[0] for member in members)
+    if has_few_rows(x, module, columns // len(members)):
         return tuple(_alone(x, member, backend) for member in members)
     members = tuple(members)
     operands = [tensor for member in members for tensor in tensors(member) if tensor is not None]

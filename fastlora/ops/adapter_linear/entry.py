@@ -39,18 +39,21 @@ def is_transformed(x: Tensor) -> bool:
     )
 
 
-def has_few_rows(x: Tensor, module: ModuleType) -> bool:
+def has_few_rows(x: Tensor, module: ModuleType, columns: int) -> bool:
     """Whether a backend's ``few_rows`` is taken: on a CPU, where calls cost more than arithmetic.
 
-    One rule for ``adapter_linear`` and ``adapter_group``; README.md has the measurement. Triton's
-    interpreter, which is for tests of its kernels, keeps to them.
+    ``columns``: N, of a group's layers the mean. One rule for ``adapter_linear`` and
+    ``adapter_group``; README.md has the measurement. A backend may have a better way of its own for
+    a large weight (``takes_few``). Triton's interpreter, which is for tests of its kernels, keeps to
+    them.
     """
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and 0 < x.numel() <= FEW_ROWS * x.shape[-1]
-        and not module.__name__.endswith(".triton")
-    )
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    depth = x.shape[-1]
+    if not 0 < x.numel() <= FEW_ROWS * depth or module.__name__.endswith(".triton"):
+        return False
+    takes_few = getattr(module, "takes_few", None)
+    return takes_few is None or not takes_few(x.numel() // depth, depth, columns)
 
 
 def check(

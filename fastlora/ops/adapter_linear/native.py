@@ -27,6 +27,7 @@ _BOUNDS = legible(torch.float32)
 _NARROW = 64  # ranks up to which the native products keep up with a GEMM library's
 _STRIP = 64  # columns for which a thread brings W into order
 _DRAW = 8  # a draw takes as long as so many multiply-adds
+_LARGE = 1 << 19  # multiply-adds of a product of few rows that repay a Function of ours
 _SMALL = 1 << 17  # multiply-adds that take no longer than a second thread takes to come
 
 _ONEDNN = backend.multiplies_with_onednn()
@@ -53,7 +54,7 @@ _SUMS = {
     # a Xeon (Emerald Rapids): as long as x or dY stays in the second cache while W goes by
     ("GenuineIntel", "avx512"): Sums(128, y_rows=8, dx_rows=128, near=3 << 16, light=1 << 20),
     # EPYCs: Zen 4, where the library is oneDNN, and Zen 3
-    ("AuthenticAMD", "avx512"): Sums(256, y_rows=8, dx_rows=8, rows=512),
+    ("AuthenticAMD", "avx512"): Sums(256, y_rows=1, dx_rows=1, rows=512),
     ("AuthenticAMD", "avx2"): Sums(384, y_rows=8, dx_rows=8, rows=1024),
 }
 _sums = _SUMS.get((backend.cpu_vendor(), _core.isas()[-1]))
@@ -85,6 +86,12 @@ def _takes_sum(
         and (turned or depth * columns <= sums.light)
         and a_thread >= min(rows, _STRIP)
     )
+
+
+def takes_few(rows: int, depth: int, columns: int) -> bool:
+    """Whether few rows are better off with ``forward`` and ``backward`` than with ``few_rows``:
+    where the product takes so long that the faster one makes up for a Function's calls."""
+    return rows * depth * columns >= _LARGE and takes_sum(rows, depth, columns, turned=True)
 
 
 def draw_seed(device: torch.device) -> Tensor:

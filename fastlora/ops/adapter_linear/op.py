@@ -83,7 +83,8 @@ def adapter_linear(
 
     A float32 call of at most four rows on a CPU is a few differentiable PyTorch calls whatever the
     backend: the same values, masks and gradients, but autograd keeps what it does, dropout's mask
-    among it, whatever keep_output says, and there is a second derivative.
+    among it, whatever keep_output says, and there is a second derivative. The exception is 'native'
+    with a weight so large (rows · N · K of 2¹⁹ and more) that it has a faster product for it.
 
     Returns:
         y [..., N] in the compute dtype.
@@ -115,7 +116,7 @@ def adapter_linear(
     if is_transformed(x):
         return composite(*arguments, scales, drop_base)
     module = _backend.select("adapter_linear", BACKENDS, device, x.dtype, backend)
-    if has_few_rows(x, module):
+    if has_few_rows(x, module, weight.shape[0]):
         seed = module.draw_seed(device) if dropout_p > 0.0 else None
         y = module.few_rows(
             rows(x), weight, lora_A, lora_B, scaling, bias, dropout_p, seed, scales, drop_base

@@ -263,3 +263,18 @@ def test_members_of_few_rows_go_one_by_one_with_the_same_results(backend, leadin
     compare(
         run(partial(adapter_group, backend=backend), x, scaled), exact(x, scaled), 1e-5, x, scaled
     )
+
+
+@pytest.mark.skipif("native" not in RUNNABLE, reason="needs the native core")
+@pytest.mark.parametrize("leading", [(1,), (2, 2)])
+def test_few_rows_of_large_members_go_through_natives_function(monkeypatch, leading):
+    from fastlora.ops.adapter_linear import native
+
+    monkeypatch.setattr(native, "_sums", native._SUMS["AuthenticAMD", "avx512"])
+    kinds = {"n": 700, "p": 0.3}, {"n": 1100, "bias": True, "which": ("out_scale",)}, {"n": 20}
+    x, members = group(*kinds, leading=leading, k=900)
+    got = run(partial(adapter_group, backend="native"), x, members)
+    compare(got, exact(x, members, keeps=masks(x, members, "native")), 1e-5, x, members)
+    leaf = x.detach().requires_grad_()
+    names = [y.grad_fn.name() for y in adapter_group(leaf, members, backend="native")]
+    assert all("AdapterGroup" in name for name in names)

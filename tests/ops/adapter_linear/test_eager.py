@@ -401,6 +401,28 @@ def test_more_rows_or_another_dtype_go_through_the_function(backend):
         assert "AdapterLinear" in graph(1, torch.float64)
 
 
+@pytest.mark.skipif("native" not in RUNNABLE, reason="needs the native core")
+@pytest.mark.parametrize("leading", [(1,), (4,), (2, 1), ()])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("which", [(), ("out_scale",), ("mid_scale", "adapter_scale"), VECTORS])
+def test_few_rows_of_a_large_weight_go_through_natives_function(monkeypatch, leading, p, which):
+    from fastlora.ops.adapter_linear import native
+
+    monkeypatch.setattr(native, "_sums", native._SUMS["AuthenticAMD", "avx512"])
+    tensors = operands(leading, k=600, n=1000, r=5)
+    tensors |= vectors(tensors, which) if which else {}
+    dy = torch.randn(*leading, 1000, generator=torch.Generator().manual_seed(9))
+    for drop_base in {False, "out_scale" in which}:
+        got = run(tensors, 2.0, dy, "native", p, drop_base=drop_base)
+        kept = mask(tensors, p, "native")
+        for name, value in exact(tensors, 2.0, dy, **kept, drop_base=drop_base and p > 0).items():
+            assert error(got[name], value) <= 1e-5, name
+    leaves = {n: None if t is None else t.detach().requires_grad_() for n, t in tensors.items()}
+    assert "AdapterLinear" in nodes(adapter_linear(scaling=2.0, backend="native", **leaves))
+    monkeypatch.setattr(native, "_sums", None)  # where nothing was measured
+    assert "AdapterLinear" not in nodes(adapter_linear(scaling=2.0, backend="native", **leaves))
+
+
 def test_only_few_rows_have_a_second_derivative():
     for count in (4, 5):
         tensors = operands((count,), bias=False)

@@ -105,10 +105,13 @@ def products(m, n, depths, straight, scale):
     return made
 
 
-# the last but one has several slices, the last more than one block of rows (without AVX-512)
+# at most eight rows are few; of these the last two have several chunks, of the very last the columns
+# are several blocks. The last but one of many rows has several slices, the last blocks of rows
+# (without AVX-512)
 SIZES = [
-    (1, 1, 1), (5, 17, 3), (7, 130, 129), (256, 192, 576), (12, 64, 128), (13, 79, 300),
-    (11, 75, 1000), (400, 70, 40),
+    (1, 1, 1), (5, 17, 3), (2, 34, 18), (3, 65, 40), (6, 7, 16), (8, 33, 20), (7, 130, 1029),
+    (4, 2100, 300),
+    (9, 17, 3), (256, 192, 576), (12, 64, 128), (13, 79, 300), (11, 75, 1000), (400, 70, 40),
 ]  # fmt: skip
 
 
@@ -255,9 +258,11 @@ def test_a_sum_is_taken_only_as_measured_on_amd(monkeypatch):
     assert native.takes_sum(8, 576, 576) and native.takes_sum(8, 576, 576, turned=True)
     assert not native.takes_sum(7, 576, 576) and not native.takes_sum(7, 576, 576, turned=True)
     assert native.takes_sum(1024, 4096, 4096) and not native.takes_sum(1025, 576, 576)
+    assert not native.takes_few(4, 2048, 2048)
     rules(monkeypatch, "AuthenticAMD", "avx512")
-    assert native.takes_sum(8, 576, 576) and native.takes_sum(8, 576, 576, turned=True)
-    assert not native.takes_sum(7, 576, 576) and not native.takes_sum(7, 576, 576, turned=True)
+    assert native.takes_sum(1, 576, 576) and native.takes_sum(1, 576, 576, turned=True)
+    assert native.takes_few(1, 576, 1536) and native.takes_few(2, 576, 576)
+    assert not native.takes_few(1, 576, 576)
     assert native.takes_sum(512, 4096, 4096) and not native.takes_sum(513, 576, 576)
 
 
