@@ -43,9 +43,9 @@ def has_few_rows(x: Tensor, module: ModuleType, columns: int) -> bool:
     """Whether a backend's ``few_rows`` is taken: on a CPU, where calls cost more than arithmetic.
 
     ``columns``: N, of a group's layers the mean. One rule for ``adapter_linear`` and
-    ``adapter_group``; README.md has the measurement. A backend may have a better way of its own for
-    a large weight (``takes_few``). Triton's interpreter, which is for tests of its kernels, keeps to
-    them.
+    ``adapter_group``; README.md has the measurement. A backend may have a better way of its own
+    for a large weight (``takes_few``). Triton's interpreter, which is for tests of its kernels,
+    keeps to them.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return False

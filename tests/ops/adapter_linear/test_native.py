@@ -105,9 +105,9 @@ def products(m, n, depths, straight, scale):
     return made
 
 
-# at most eight rows are few; of these the last two have several chunks, of the very last the columns
-# are several blocks. The last but one of many rows has several slices, the last blocks of rows
-# (without AVX-512)
+# at most eight rows are few (four without AVX-512); of these the last two have several chunks, the
+# very last blocks of columns. The last but one of many rows has several slices, the last blocks of
+# rows (without AVX-512)
 SIZES = [
     (1, 1, 1), (5, 17, 3), (2, 34, 18), (3, 65, 40), (6, 7, 16), (8, 33, 20), (7, 130, 1029),
     (4, 2100, 300),
