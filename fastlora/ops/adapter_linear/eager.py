@@ -291,7 +291,7 @@ def few_rows(
     dropped = x
     if seed is not None:
         keep = draw((x.shape[0], x.shape[1]), dropout_p, seed, x.device)
-        dropped = x * keep(x.new_full((), keep_scale(dropout_p)).expand(x.shape))
+        dropped = x * keep(x.new_full(x.shape, keep_scale(dropout_p)))
     return _formula(x, dropped, weight, lora_A, lora_B, bias, scaling, scales, drop_base)
 
 

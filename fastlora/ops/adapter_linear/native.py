@@ -27,7 +27,7 @@ _BOUNDS = legible(torch.float32)
 _NARROW = 64  # ranks up to which the native products keep up with a GEMM library's
 _STRIP = 64  # columns for which a thread brings W into order
 _DRAW = 8  # a draw takes as long as so many multiply-adds
-_LARGE = 1 << 19  # multiply-adds of a product of few rows that repay a Function of ours
+_LARGE = 1 << 20  # multiply-adds of a product of few rows that repay a Function of ours
 _SMALL = 1 << 17  # multiply-adds that take no longer than a second thread takes to come
 
 _ONEDNN = backend.multiplies_with_onednn()

@@ -84,7 +84,7 @@ def adapter_linear(
     A float32 call of at most four rows on a CPU is a few differentiable PyTorch calls whatever the
     backend: the same values, masks and gradients, but autograd keeps what it does, dropout's mask
     among it, whatever keep_output says, and there is a second derivative. The exception is 'native'
-    with a weight so large (rows · N · K of 2¹⁹ and more) that it has a faster product for it.
+    with a weight so large (rows · N · K of 2²⁰ and more) that it has a faster product for it.
 
     Returns:
         y [..., N] in the compute dtype.

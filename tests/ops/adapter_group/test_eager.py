@@ -272,7 +272,7 @@ def test_few_rows_of_large_members_go_through_natives_function(monkeypatch, lead
 
     monkeypatch.setattr(native, "_sums", native._SUMS["AuthenticAMD", "avx512"])
     kinds = {"n": 700, "p": 0.3}, {"n": 1100, "bias": True, "which": ("out_scale",)}, {"n": 20}
-    x, members = group(*kinds, leading=leading, k=900)
+    x, members = group(*kinds, leading=leading, k=1800)
     got = run(partial(adapter_group, backend="native"), x, members)
     compare(got, exact(x, members, keeps=masks(x, members, "native")), 1e-5, x, members)
     leaf = x.detach().requires_grad_()

@@ -409,7 +409,7 @@ def test_few_rows_of_a_large_weight_go_through_natives_function(monkeypatch, lea
     from fastlora.ops.adapter_linear import native
 
     monkeypatch.setattr(native, "_sums", native._SUMS["AuthenticAMD", "avx512"])
-    tensors = operands(leading, k=600, n=1000, r=5)
+    tensors = operands(leading, k=1100, n=1000, r=5)
     tensors |= vectors(tensors, which) if which else {}
     dy = torch.randn(*leading, 1000, generator=torch.Generator().manual_seed(9))
     for drop_base in {False, "out_scale" in which}:

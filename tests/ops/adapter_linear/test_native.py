@@ -261,8 +261,8 @@ def test_a_sum_is_taken_only_as_measured_on_amd(monkeypatch):
     assert not native.takes_few(4, 2048, 2048)
     rules(monkeypatch, "AuthenticAMD", "avx512")
     assert native.takes_sum(1, 576, 576) and native.takes_sum(1, 576, 576, turned=True)
-    assert native.takes_few(1, 576, 1536) and native.takes_few(2, 576, 576)
-    assert not native.takes_few(1, 576, 576)
+    assert native.takes_few(1, 2048, 512) and native.takes_few(2, 576, 1536)
+    assert not native.takes_few(1, 576, 1536)
     assert native.takes_sum(512, 4096, 4096) and not native.takes_sum(513, 576, 576)
 
 
