@@ -57,16 +57,10 @@ struct Ends {
 template <int COUNT, int V>
 inline void tile(const float* a, std::int64_t a_stride, int length, const float* b, float* out,
                  std::int64_t out_stride, const Ends& ends) {
-    Floats sums[COUNT][V];
+    Floats sums[COUNT][V] = {};
     const float* row[COUNT];
 #pragma GCC unroll 8
-    for (int i = 0; i < COUNT; ++i) {
-        row[i] = a + i * a_stride;
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) {
-            sums[i][v] = ends.first ? Floats{} : load(out + i * out_stride + v * LANES);
-        }
-    }
+    for (int i = 0; i < COUNT; ++i) row[i] = a + i * a_stride;
 #pragma GCC unroll 4
     for (int k = 0; k < length; ++k, b += PANEL) {
         Floats right[V];
@@ -77,6 +71,14 @@ inline void tile(const float* a, std::int64_t a_stride, int length, const float*
             const float left = row[i][k];
 #pragma GCC unroll 8
             for (int v = 0; v < V; ++v) sums[i][v] += left * right[v];
+        }
+    }
+    // the sums of slices are added up, which rounds less than one long sum does
+    if (!ends.first) {
+#pragma GCC unroll 8
+        for (int i = 0; i < COUNT; ++i) {
+#pragma GCC unroll 8
+            for (int v = 0; v < V; ++v) sums[i][v] += load(out + i * out_stride + v * LANES);
         }
     }
 #pragma GCC unroll 8
