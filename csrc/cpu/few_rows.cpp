@@ -17,8 +17,9 @@ constexpr int SUMS = LANES == 16 ? 24 : 12;  // in registers, some of which are 
 constexpr int TOGETHER = 8;                  // rows of b that are read at once
 constexpr int BLOCK = 2048;                  // columns of out for a thread, if b is straight
 constexpr int CHUNKS = 8;
-constexpr int SHALLOW = 256;  // a depth that is not cut into chunks
-constexpr int SHARE = 64;     // columns of out for a thread, at the end
+constexpr int SHALLOW = 256;                 // a depth that is not cut into chunks
+constexpr int SHARE = 64;                    // columns of out for a thread, at the end
+constexpr int PIECE = 256 * LANES;           // of the depth, summed by itself: one long sum rounds more
 
 constexpr int at_most(int value, int bound) { return value < bound ? value : bound; }
 
@@ -139,10 +140,8 @@ private:
         Floats sums[ROWS][COUNT] = {};
         for (const Term *term = call_.terms, *last = term + call_.count; term < last; ++term) {
             if (straight(*term)) continue;
-            const std::int64_t full = term->depth - term->depth % LANES;
-            for (std::int64_t k = 0; k < full; k += LANES) multiply<COUNT>(*term, column, k, LANES, sums);
-            if (full < term->depth) {
-                multiply<COUNT>(*term, column, full, static_cast<int>(term->depth - full), sums);
+            for (std::int64_t from = 0; from < term->depth; from += PIECE) {
+                add_piece<COUNT>(*term, column, from, least(term->depth - from, PIECE), sums);
             }
         }
         for (int i = 0; i < ROWS; ++i) {
@@ -154,6 +153,18 @@ private:
                 if (call_.bias) value += call_.bias[column + j];
                 out[j] = value;
             }
+        }
+    }
+
+    template <int COUNT>
+    static void add_piece(const Term& term, std::int64_t column, std::int64_t from, int length,
+                          Floats (&sums)[ROWS][COUNT]) {
+        Floats own[ROWS][COUNT] = {};
+        const int full = length - length % LANES;
+        for (int k = 0; k < full; k += LANES) multiply<COUNT>(term, column, from + k, LANES, own);
+        if (full < length) multiply<COUNT>(term, column, from + full, length - full, own);
+        for (int i = 0; i < ROWS; ++i) {
+            for (int j = 0; j < COUNT; ++j) sums[i][j] += own[i][j];
         }
     }
 
