@@ -133,12 +133,24 @@ def check(M, N, K, r, dtype, p, needs, algorithm, layouts=("rows",) * 5, data=0,
     exact, exact_grads = formula(inputs, dy, p, seed, torch.float64)
     plain, plain_grads = formula(inputs, dy, p, seed, dtype)
     assert y.dtype == dtype
-    assert_close(y, exact, plain, 2, "y")
+    # a single element may cancel: it is off by what its parts are off by
+    wide = [v.double() for v in inputs]
+    assert_close(y, exact, plain, 2, "y", largest(wide[0] @ wide[1].t(), wide[4]))
     for name, got, want, eager in zip(Needs._fields, grads, exact_grads, plain_grads, strict=True):
         assert (got is not None) == getattr(needs, name), name
         if got is not None:
             assert got.dtype == (dtype if name in ("x", "weight") else torch.float32), name
-            assert_close(got, want, eager, 3, f"gradient of {name}")
+            least = largest(dy.double() @ wide[1]) if name == "x" else 0.0
+            assert_close(got, want, eager, 3, f"gradient of {name}", least)
+
+
+def largest(*parts):
+    return max(part.abs().max().item() if part.numel() else 0.0 for part in parts)
+
+
+def test_an_element_whose_parts_cancel():
+    """y is 0.005 there, of parts about 1."""
+    check(1, 1, 1, 1, torch.float32, 0.0, Needs(*[True] * 5), "fused", data=960)
 
 
 sizes = st.one_of(st.sampled_from((1, 8, 16, 32, 33)), st.integers(1, 70))
