@@ -140,8 +140,7 @@ def check(M, N, K, r, dtype, p, needs, algorithm, layouts=("rows",) * 5, data=0,
         assert (got is not None) == getattr(needs, name), name
         if got is not None:
             assert got.dtype == (dtype if name in ("x", "weight") else torch.float32), name
-            least = largest(dy.double() @ wide[1]) if name == "x" else 0.0
-            assert_close(got, want, eager, 3, f"gradient of {name}", least)
+            assert_close(got, want, eager, 3, f"gradient of {name}")
 
 
 def largest(*parts):
