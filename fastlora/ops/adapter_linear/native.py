@@ -54,7 +54,7 @@ _SUMS = {
     # a Xeon (Emerald Rapids): as long as x or dY stays in the second cache while W goes by
     ("GenuineIntel", "avx512"): Sums(128, y_rows=8, dx_rows=128, near=3 << 16, light=1 << 20),
     # EPYCs: Zen 4, where the library is oneDNN, and Zen 3
-    ("AuthenticAMD", "avx512"): Sums(256, y_rows=1, dx_rows=1, rows=512),
+    ("AuthenticAMD", "avx512"): Sums(256, y_rows=1, dx_rows=1, rows=256),
     ("AuthenticAMD", "avx2"): Sums(384, y_rows=8, dx_rows=8, rows=1024),
 }
 _sums = _SUMS.get((backend.cpu_vendor(), _core.isas()[-1]))
