@@ -146,15 +146,15 @@ void dropout(Address x, std::int64_t rows, std::int64_t columns, std::int64_t x_
 void block_lanczos(const std::vector<Address>& x, std::int64_t stride, std::int64_t rows,
                    std::int64_t columns, std::int64_t width, std::int64_t blocks, Address start,
                    std::int64_t q,
-                   double low, double high, double alike, double growth, double least, Address u,
-                   Address s, Address vh, Address squares, Address checked, Address found,
+                   double low, double high, double alike, double growth, double least,
+                   double rounded_least, Address u, Address s, Address vh, Address squares, Address checked, Address found,
                    int threads, const std::string& isa) {
     const auto kernel = FASTLORA_PICK(fastlora::find_isa(isa), block_lanczos);
     std::vector<const float*> matrices;
     for (const Address address : x) matrices.push_back(at<const float>(address));
     const fastlora::BlockLanczos call{
         matrices.data(), static_cast<std::int64_t>(x.size()), stride, rows, columns, width, blocks,
-        at<const float>(start), q, low, high, alike, growth, least,
+        at<const float>(start), q, low, high, alike, growth, least, rounded_least,
         at<float>(u), at<double>(s), at<float>(vh),
         at<double>(squares), at<double>(checked), at<fastlora::Found>(found)};
     py::gil_scoped_release released;
@@ -192,6 +192,8 @@ bool same(Address one, Address other, std::size_t bytes) {
 PYBIND11_MODULE(_C, module) {
     module.doc() = "fastlora's native core";
     module.def("isas", &fastlora::isas, "Instruction sets that this processor can run, widest last");
+    module.def("has_bfloat16", &fastlora::has_bfloat16,
+               "Whether it has AVX-512's products of bfloat16");
     module.def("row_norm", &row_norm);
     module.def("output_pass", &output_pass);
     module.def("low_rank_update", &low_rank_update);

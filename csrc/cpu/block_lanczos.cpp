@@ -22,10 +22,9 @@ constexpr double REPAIRED = 0.05;     // and up to where one Cholesky pass repai
 constexpr int CHECKING = 2;           // blocks of the check
 constexpr double LATE = 0.5;          // of a checked vector that may lie in the last block
 constexpr int GROUP = 8;              // what widths are a multiple of
-constexpr int TALL = 3 * LANES;       // rows of a panel of X
-// panels that are multiplied at once: XᵀY is read and written half as often, where both fit the
-// second cache
-constexpr int PAIR = LANES == 16 ? 1 : 2;
+constexpr int VECTORS = LANES == 16 ? 2 : 3;
+constexpr int TALL = VECTORS * LANES;  // rows of a panel of X
+constexpr int PAIR = 2;  // panels that are multiplied at once: XᵀY is read and written half as often
 constexpr int BASIS = 16;             // vectors of a panel of the basis: few, since the last has gaps
 constexpr int RUN = 512;              // squares that are summed in float32
 constexpr int GRAM_ROWS = 64;
@@ -188,12 +187,17 @@ public:
 
     void run(std::int64_t index) {
         x_ = {call_.x[index], call_.stride};
-        call_.checked[index] = -1;
+        rounds_ = call_.rounded_least < 1 && has_pairs();
+        too_small_ = false;
+        call_.found[index] = decompose(index);
+        if (!(rounds_ && too_small_)) return;
+        rounds_ = false;
         call_.found[index] = decompose(index);
     }
 
 private:
     Found decompose(std::int64_t index) {
+        call_.checked[index] = -1;
         const bool begun = begin(0, call_.start);
         const bool in_range = read(index, call_.blocks > 1);
         if (!in_range) return Found::extremes;
@@ -283,7 +287,7 @@ private:
             for (int one = 0; one < some; ++one, ++panel) {
                 if (number == 0) read(panel);
                 float* y = image_panels_ + (panel * most_ + number * block_) * TALL;
-                along_packed<3>(x + one * panel_size, call_.columns, now_, block_, y);
+                along_packed<VECTORS>(x + one * panel_size, call_.columns, now_, block_, y);
                 float* rows = turned + one * TALL * block_;
                 transpose(y, TALL, block_, TALL, rows, block_);
                 for (int i = 0; i < rows_of(panel); ++i) {
@@ -293,11 +297,22 @@ private:
             }
             if (!sums) continue;
             const Panels both{x, panel_size, some, panel + PAIR <= panels_ ? some * panel_size : 0};
-            if (fresh) {
-                across_packed<TALL, Into::fresh>(both, call_.columns, turned, block_, sums);
+            if (rounds_) {
+                back<Rounded>(both, turned, fresh, sums);
             } else {
-                across_packed<TALL, Into::sum>(both, call_.columns, turned, block_, sums);
+                back<Exact>(both, turned, fresh, sums);
             }
+        }
+    }
+
+    template <class Products>
+    void back(const Panels& x, const float* y, bool fresh, float* sums) const {
+        alignas(64) typename Products::Operand space[PAIR * TALL * WIDEST];
+        const auto* own = Products::operand(y, x.count * TALL, block_, space);
+        if (fresh) {
+            across_packed<TALL, Into::fresh, Products>(x, call_.columns, own, block_, sums);
+        } else {
+            across_packed<TALL, Into::sum, Products>(x, call_.columns, own, block_, sums);
         }
     }
 
@@ -457,7 +472,8 @@ private:
 
     bool triples(std::int64_t index) {
         const std::int64_t q = call_.q;
-        if (!(value(q - 1) > call_.least * value(0))) return false;
+        too_small_ = !(value(q - 1) > (rounds_ ? call_.rounded_least : call_.least) * value(0));
+        if (too_small_) return false;
         double* s = call_.s + index * q;
         for (std::int64_t i = 0; i < q; ++i) s[i] = value(i);
         std::memset(weights_ + 0, 0, basis_panels_ * BASIS * wide_ * sizeof(float));
@@ -489,7 +505,7 @@ private:
         }
         Buffer<float> some(wide_ * TALL);
         for (std::int64_t panel = 0; panel < panels_; ++panel) {
-            along_packed<3>(image_panels_ + panel * most_ * TALL, count_, weights_ + 0, wide_,
+            along_packed<VECTORS>(image_panels_ + panel * most_ * TALL, count_, weights_ + 0, wide_,
                             some + 0);
             transpose(some + 0, TALL, call_.q, rows_of(panel), u + panel * TALL * call_.q, call_.q);
         }
@@ -545,6 +561,8 @@ private:
     float *now_, *next_;  // a block, and what the one after it is made from: [columns, block_]
     Rows x_{};
     int exponent_ = 0, count_ = 0;
+    bool rounds_ = false;     // XᵀY is multiplied in bfloat16
+    bool too_small_ = false;  // s_q, to be resolved so
 };
 
 }  // namespace

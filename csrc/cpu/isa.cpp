@@ -28,6 +28,15 @@ const std::vector<std::string>& isas() {
     return names;
 }
 
+bool has_bfloat16() {
+#ifdef FASTLORA_X86
+    static const bool has = isas().back() == "avx512" && __builtin_cpu_supports("avx512bf16");
+    return has;
+#else
+    return false;
+#endif
+}
+
 Isa find_isa(const std::string& name) {
     const auto& names = isas();
     for (std::size_t index = 0; index < names.size(); ++index) {

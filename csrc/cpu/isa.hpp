@@ -27,6 +27,9 @@ enum class Isa { baseline, avx2, avx512 };
 // What this processor can run, the widest last.
 const std::vector<std::string>& isas();
 
+// Whether it has AVX-512's products of bfloat16, a set of their own.
+bool has_bfloat16();
+
 // By its name in isas(); the widest for "". Throws std::invalid_argument for any other.
 Isa find_isa(const std::string& name);
 

@@ -3,7 +3,26 @@
 // across them, read memory in order, whatever the stride of the rows was. Included by kernel files only.
 #pragma once
 
+#if defined(__AVX512F__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC's own header, wrongly
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
+#endif
+
+#include "isa.hpp"
 #include "vector.hpp"
+
+// Whether the compiler knows AVX-512's products of bfloat16, for a function that is compiled for them.
+#if defined(__AVX512F__) && (defined(__clang__) || __GNUC__ >= 10)
+#define FASTLORA_HAS_PAIRS 1
+#else
+#define FASTLORA_HAS_PAIRS 0
+#endif
 
 namespace fastlora::FASTLORA_ISA {
 namespace {
@@ -118,7 +137,30 @@ struct Panels {
     std::int64_t distance;
     int count;
     std::int64_t ahead;
+
+    // Asks for what is ahead of so many floats from `own` on.
+    void fetch(const float* own, int floats) const {
+        for (int line = 0; ahead && line < floats; line += 16) {
+            __builtin_prefetch(own + ahead + line, 0, 2);
+        }
+    }
 };
+
+// A tile's sums go to z. Inlined always: they are registers.
+template <Into INTO, class Vector, int COUNT, int VECTORS>
+__attribute__((always_inline)) inline void put_tile(const Vector (&acc)[COUNT][VECTORS], int width,
+                                                    float* z) {
+#pragma GCC unroll 32
+    for (int c = 0; c < COUNT; ++c) {
+        for (int v = 0; v < VECTORS; ++v) {
+            float* to = z + c * width + v * static_cast<int>(sizeof(Vector) / sizeof(float));
+            Vector value = {};
+            if constexpr (INTO == Into::sum) std::memcpy(&value, to, sizeof value);
+            value += acc[c][v];
+            std::memcpy(to, &value, sizeof value);
+        }
+    }
+}
 
 // z [COUNT, width] from Σ xᵀ y in VECTORS vectors' columns, of COUNT columns of every panel x.
 template <int TALL, Into INTO, class Vector, int COUNT, int VECTORS>
@@ -127,11 +169,7 @@ void packed_tile(const Panels& x, const float* y, int width, float* z, bool firs
     Vector acc[COUNT][VECTORS] = {};
     const float* own = x.values;
     for (int panel = 0; panel < x.count; ++panel, own += x.distance) {
-        if (first && x.ahead) {
-            for (int line = 0; line < COUNT * TALL; line += 16) {
-                __builtin_prefetch(own + x.ahead + line, 0, 2);
-            }
-        }
+        if (first) x.fetch(own, COUNT * TALL);
         for (int i = 0; i < TALL; ++i, y += width) {
             Vector right[VECTORS];
             for (int v = 0; v < VECTORS; ++v) std::memcpy(&right[v], y + v * SIZE, sizeof(Vector));
@@ -142,30 +180,116 @@ void packed_tile(const Panels& x, const float* y, int width, float* z, bool firs
             }
         }
     }
-#pragma GCC unroll 32
-    for (int c = 0; c < COUNT; ++c) {
-        for (int v = 0; v < VECTORS; ++v) {
-            float* to = z + c * width + v * SIZE;
-            Vector value = {};
-            if constexpr (INTO == Into::sum) std::memcpy(&value, to, sizeof value);
-            value += acc[c][v];
-            std::memcpy(to, &value, sizeof value);
-        }
-    }
+    put_tile<INTO>(acc, width, z);
 }
 
-template <int TALL, Into INTO, class Vector, int COUNT>
-void packed_tiles(const Panels& x, const float* y, int width, float* z) {
+// The products in float32.
+struct Exact {
+    typedef float Operand;
+
+    static const float* operand(const float* y, int, int, float*) { return y; }
+
+    template <int TALL, Into INTO, class Vector, int COUNT, int VECTORS>
+    static void tile(const Panels& x, const float* y, int width, float* z, bool first) {
+        packed_tile<TALL, INTO, Vector, COUNT, VECTORS>(x, y, width, z, first);
+    }
+};
+
+#if FASTLORA_HAS_PAIRS
+// The products of operands rounded to bfloat16, two at once, added up in float32: twice as many where
+// the processor has the instruction. The caller makes sure that it does (``has_pairs``).
+#define FASTLORA_PAIRS __attribute__((target("avx512bf16")))
+
+struct Rounded {
+    typedef std::uint32_t Operand;  // [rows / 2, width]: two rows' elements, the first the lower half
+
+    static const std::uint32_t* operand(const float* y, int rows, int width, std::uint32_t* space) {
+        std::uint32_t* to = space;
+        for (int i = 0; i < rows; i += 2, y += 2 * width, to += width) {
+            for (int c = 0; c < width; ++c) {
+                to[c] = (nearest(y[c]) >> 16) | (nearest(y[width + c]) & 0xffff0000u);
+            }
+        }
+        return space;
+    }
+
+    template <int TALL, Into INTO, class Vector, int COUNT, int VECTORS>
+    FASTLORA_PAIRS static void tile(const Panels& x, const std::uint32_t* y, int width, float* z,
+                                    bool first) {
+        constexpr int SIZE = sizeof(Vector) / sizeof(float), WORDS = COUNT * TALL / 2;
+        alignas(64) std::uint32_t pairs[WORDS];
+        Vector acc[COUNT][VECTORS] = {};
+        const float* own = x.values;
+        for (int panel = 0; panel < x.count; ++panel, own += x.distance) {
+            if (first) x.fetch(own, COUNT * TALL);
+            int word = 0;
+            for (; word + 16 <= WORDS; word += 16) {
+                const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(own + 2 * word + 16),
+                                                          _mm512_loadu_ps(own + 2 * word));
+                std::memcpy(pairs + word, &both, sizeof both);
+            }
+            if (word < WORDS) {
+                const __m256bh one = _mm512_cvtneps_pbh(_mm512_loadu_ps(own + 2 * word));
+                std::memcpy(pairs + word, &one, sizeof one);
+            }
+            for (int i = 0; i < TALL / 2; ++i, y += width) {
+                Vector right[VECTORS];
+                for (int v = 0; v < VECTORS; ++v) std::memcpy(&right[v], y + v * SIZE, sizeof(Vector));
+#pragma GCC unroll 32
+                for (int c = 0; c < COUNT; ++c) {
+#pragma GCC unroll 8
+                    for (int v = 0; v < VECTORS; ++v) {
+                        acc[c][v] = add_pairs(acc[c][v], pairs[c * (TALL / 2) + i], right[v]);
+                    }
+                }
+            }
+        }
+        put_tile<INTO>(acc, width, z);
+    }
+
+private:
+    typedef float Eight __attribute__((vector_size(32)));
+
+    // Of a float's bits, the upper half is the nearest bfloat16, ties to even.
+    static std::uint32_t nearest(float value) {
+        std::uint32_t bits;
+        std::memcpy(&bits, &value, sizeof bits);
+        return bits + 0x7fffu + ((bits >> 16) & 1u);
+    }
+
+    FASTLORA_PAIRS static Floats add_pairs(Floats sum, std::uint32_t x, Floats y) {
+        const __m512i every = _mm512_set1_epi32(static_cast<int>(x));
+        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)every, (__m512bh)y);
+    }
+
+    FASTLORA_PAIRS static Eight add_pairs(Eight sum, std::uint32_t x, Eight y) {
+        const __m256i every = _mm256_set1_epi32(static_cast<int>(x));
+        return (Eight)_mm256_dpbf16_ps((__m256)sum, (__m256bh)every, (__m256bh)y);
+    }
+};
+
+inline bool has_pairs() { return has_bfloat16(); }
+#else
+typedef Exact Rounded;
+
+inline bool has_pairs() { return false; }
+#endif
+
+template <int TALL, Into INTO, class Vector, int COUNT, class Products>
+void packed_tiles(const Panels& x, const typename Products::Operand* y, int width, float* z) {
     constexpr int SIZE = sizeof(Vector) / sizeof(float);
     int c = 0;
     for (; c + 2 * SIZE <= width; c += 2 * SIZE) {
-        packed_tile<TALL, INTO, Vector, COUNT, 2>(x, y + c, width, z + c, c == 0);
+        Products::template tile<TALL, INTO, Vector, COUNT, 2>(x, y + c, width, z + c, c == 0);
     }
-    if (c < width) packed_tile<TALL, INTO, Vector, COUNT, 1>(x, y + c, width, z + c, c == 0);
+    if (c < width) {
+        Products::template tile<TALL, INTO, Vector, COUNT, 1>(x, y + c, width, z + c, c == 0);
+    }
 }
 
-template <int TALL, Into INTO, class Vector>
-void packed_all(Panels x, std::int64_t columns, const float* y, int width, float* z) {
+template <int TALL, Into INTO, class Vector, class Products>
+void packed_all(Panels x, std::int64_t columns, const typename Products::Operand* y, int width,
+                float* z) {
     constexpr int SIZE = sizeof(Vector) / sizeof(float), MOST = REGISTERS / 2;
     std::int64_t k = 0;
     const auto past = [&](int count) {
@@ -175,22 +299,25 @@ void packed_all(Panels x, std::int64_t columns, const float* y, int width, float
     };
     if (width == SIZE) {
         for (; k + 2 * MOST <= columns; past(2 * MOST)) {
-            packed_tile<TALL, INTO, Vector, 2 * MOST, 1>(x, y, width, z, true);
+            Products::template tile<TALL, INTO, Vector, 2 * MOST, 1>(x, y, width, z, true);
         }
     }
-    for (; k + MOST <= columns; past(MOST)) packed_tiles<TALL, INTO, Vector, MOST>(x, y, width, z);
-    for (; k < columns; past(1)) packed_tiles<TALL, INTO, Vector, 1>(x, y, width, z);
+    for (; k + MOST <= columns; past(MOST)) {
+        packed_tiles<TALL, INTO, Vector, MOST, Products>(x, y, width, z);
+    }
+    for (; k < columns; past(1)) packed_tiles<TALL, INTO, Vector, 1, Products>(x, y, width, z);
 }
 
-// z [columns, width] from Σ xᵀ y of panels x [columns, TALL] and y [count · TALL, width], width a
-// multiple of 8.
-template <int TALL, Into INTO>
-void across_packed(const Panels& x, std::int64_t columns, const float* y, int width, float* z) {
+// z [columns, width] from Σ xᵀ y of panels x [columns, TALL] and y [count · TALL, width] as Products
+// takes it (its ``operand``), width a multiple of 8.
+template <int TALL, Into INTO, class Products = Exact>
+void across_packed(const Panels& x, std::int64_t columns, const typename Products::Operand* y,
+                   int width, float* z) {
     typedef float Eight __attribute__((vector_size(32)));
     if (LANES == 16 && width % LANES != 0) {
-        packed_all<TALL, INTO, Eight>(x, columns, y, width, z);
+        packed_all<TALL, INTO, Eight, Products>(x, columns, y, width, z);
     } else {
-        packed_all<TALL, INTO, Floats>(x, columns, y, width, z);
+        packed_all<TALL, INTO, Floats, Products>(x, columns, y, width, z);
     }
 }
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastlora.ops.backend import cpu_vendor
 from fastlora.ops.library import core
 
 # Columns that the kernels multiply at once, and of the widest block.
@@ -28,6 +29,9 @@ _SHARE = 0.5
 _ALIKE, _GROWTH = 0.03, 0.03
 # σ_q as a share of σ_1 down to which XᵀX resolves it in float32.
 _LEAST = 1e-3
+# And down to which a basis from products in bfloat16 is as good, to 1e-5 of what is left; 1: never.
+# AMD's processors that have such products do twice as many a second; others were not measured.
+_ROUNDED_LEAST = 0.1 if cpu_vendor() == "AuthenticAMD" else 1.0
 
 
 class Plan(NamedTuple):
@@ -68,14 +72,17 @@ def forward(
     start: Tensor,
     norms: tuple[float, float],
     isa: str = "",
+    rounded_least: float = _ROUNDED_LEAST,
 ) -> Triples:
     """Of float32 matrices [N, K] of one shape, from ``start`` [plan.starts, max(N, K)] at random.
 
-    ``norms``: between which it computes. ``isa``: one of the core's instruction sets, for tests.
+    ``norms``: between which it computes. For tests, ``isa``: one of the core's instruction sets;
+    ``rounded_least``: in place of _ROUNDED_LEAST.
     """
     n, k = x[0].shape
     if x[0].stride(0) == 1 != x[0].stride(1) and k > 1 and _alike(x):
-        left, s, right, squares, found = forward([m.t() for m in x], q, plan, start, norms, isa)
+        turned = [m.t() for m in x]
+        left, s, right, squares, found = forward(turned, q, plan, start, norms, isa, rounded_least)
         return Triples(right.mT.contiguous(), s, left.mT.contiguous(), squares, found)
     if not (x[0].stride(1) == 1 and x[0].stride(0) >= k and _alike(x)):
         x = [m.contiguous() for m in x]
@@ -88,8 +95,8 @@ def forward(
     found = start.new_empty(count, dtype=torch.uint8)
     core().block_lanczos(
         [m.data_ptr() for m in x], x[0].stride(0), n, k, plan.width, plan.blocks,
-        start.data_ptr(), q, *norms, _ALIKE, _GROWTH, _LEAST, u.data_ptr(), s.data_ptr(),
-        vh.data_ptr(), squares.data_ptr(), checked.data_ptr(), found.data_ptr(),
+        start.data_ptr(), q, *norms, _ALIKE, _GROWTH, _LEAST, rounded_least, u.data_ptr(),
+        s.data_ptr(), vh.data_ptr(), squares.data_ptr(), checked.data_ptr(), found.data_ptr(),
         torch.get_num_threads(), isa,
     )  # fmt: skip
     return Triples(u, s, vh, squares, found == 0)

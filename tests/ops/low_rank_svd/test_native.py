@@ -1,5 +1,7 @@
 """Block Lanczos on every instruction set there is here, against the full SVD in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -140,10 +142,50 @@ def test_repeated_values_beyond_what_a_block_can_find(isa, cluster, niter):
 
 
 def test_the_check_is_what_finds_them(monkeypatch):
-    """Without it the last of 20 equal values are found by half here."""
+    """Without it the last of 20 equal values are found by half here; what bfloat16 rounds away
+    would lead to them."""
     x = matrix(300, 420, CLUSTERS["exactly q"])
     monkeypatch.setattr(native, "_ALIKE", 0.0)
+    monkeypatch.setattr(op.native, "forward", partial(native.forward, rounded_least=1.0))
     assert residual(x, svd_lowrank(x, Q, generator=seeded(), backend="native")) > 1.03 * optimum(x)
+
+
+def both_ways(x, q):
+    """Triples with a basis from products in bfloat16, where σ_q is a tenth of σ_1, and without."""
+    plan = native.plan(*x.shape[1:], q, 4, 0)
+    start = torch.randn(plan.starts, max(x.shape[1:]), generator=seeded())
+    return [
+        native.forward(list(x), q, plan, start, (1e-12, 1e12), rounded_least=least)
+        for least in (0.1, 1.0)
+    ]
+
+
+rounds = pytest.mark.skipif(
+    not library.core().has_bfloat16(), reason="needs AVX-512's products of bfloat16"
+)
+
+
+@rounds
+@pytest.mark.parametrize("columns", [641, 720])
+@pytest.mark.parametrize("q", [8, 20, 48, 64])  # blocks of 8, 16, 24, 32
+@pytest.mark.parametrize("spectrum", ["slow", "flat"])
+def test_a_basis_from_products_in_bfloat16_is_as_good(spectrum, q, columns):
+    if spectrum == "flat":
+        x = torch.randn(3, 600, columns, generator=seeded())
+    else:
+        x = torch.stack([matrix(600, columns, SPECTRA[spectrum], seed=seed) for seed in range(3)])
+    rounded, exact = both_ways(x, q)
+    assert rounded.found.all() and exact.found.all() and sound(rounded[:3])
+    assert not torch.equal(rounded.S, exact.S)  # it was made so
+    assert (residual(x, rounded[:3]) <= (1 + 2e-5) * residual(x, exact[:3])).all()
+
+
+@rounds
+def test_what_bfloat16_does_not_resolve_is_done_again():
+    x = torch.stack([matrix(300, 420, SPECTRA["power"], seed=seed) for seed in range(2)])
+    rounded, exact = both_ways(x, Q)  # σ_20 is a twentieth of σ_1
+    assert rounded.found.all()
+    assert all(map(torch.equal, rounded, exact))
 
 
 @pytest.mark.parametrize("rank", [0, 1, 5, 20, 60])
