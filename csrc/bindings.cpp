@@ -145,10 +145,10 @@ void dropout(Address x, std::int64_t rows, std::int64_t columns, std::int64_t x_
 
 void block_lanczos(const std::vector<Address>& x, std::int64_t stride, std::int64_t rows,
                    std::int64_t columns, std::int64_t width, std::int64_t blocks, Address start,
-                   std::int64_t q,
-                   double low, double high, double alike, double growth, double least,
-                   double rounded_least, Address u, Address s, Address vh, Address squares, Address checked, Address found,
-                   int threads, const std::string& isa) {
+                   std::int64_t q, double low, double high, double alike, double growth,
+                   double least, double rounded_least, Address u, Address s, Address vh,
+                   Address squares, Address checked, Address found, int threads,
+                   const std::string& isa) {
     const auto kernel = FASTLORA_PICK(fastlora::find_isa(isa), block_lanczos);
     std::vector<const float*> matrices;
     for (const Address address : x) matrices.push_back(at<const float>(address));

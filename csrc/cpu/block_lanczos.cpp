@@ -21,6 +21,7 @@ constexpr double ORTHONORMAL = 2e-6;  // what the results' Gram matrices may be 
 constexpr double REPAIRED = 0.05;     // and up to where one Cholesky pass repairs them
 constexpr int CHECKING = 2;           // blocks of the check
 constexpr double LATE = 0.5;          // of a checked vector that may lie in the last block
+constexpr double SETTLED = 0.03;      // and of any, where all have converged
 constexpr int GROUP = 8;              // what widths are a multiple of
 constexpr int VECTORS = LANES == 16 ? 2 : 3;
 constexpr int TALL = VECTORS * LANES;  // rows of a panel of X
@@ -188,9 +189,9 @@ public:
     void run(std::int64_t index) {
         x_ = {call_.x[index], call_.stride};
         rounds_ = call_.rounded_least < 1 && has_pairs();
-        too_small_ = false;
+        coarse_ = false;
         call_.found[index] = decompose(index);
-        if (!(rounds_ && too_small_)) return;
+        if (!coarse_) return;
         rounds_ = false;
         call_.found[index] = decompose(index);
     }
@@ -456,24 +457,34 @@ private:
         if (!ritz(blocks + CHECKING, blocks, true)) return false;
         // The energy that is left would be no measure: it grows with the matrix, and hides copies.
         double most = 0;
-        bool late = false;
         for (std::int64_t i = 0; i < call_.q; ++i) {
             const double growth = value(i) - before_[i];
             if (growth > most * before_[i]) most = growth / before_[i];
-            double weight = 0;
-            for (int j = (blocks - 1) * block_; j < blocks * block_; ++j) {
-                weight += vectors_[j * wide_ + i] * vectors_[j * wide_ + i];
-            }
-            late = late || weight > LATE;
         }
         call_.checked[index] = most;
-        return most <= call_.growth && !late;
+        return most <= call_.growth && !(most_late() > LATE);
+    }
+
+    // The largest share of a wanted vector that lies in the last of the space's own blocks, without
+    // those of the check.
+    double most_late() const {
+        const int end = static_cast<int>(call_.blocks) * block_;
+        double most = 0;
+        for (std::int64_t i = 0; i < call_.q; ++i) {
+            double share = 0;
+            for (int j = end - block_; j < end; ++j) {
+                share += vectors_[j * wide_ + i] * vectors_[j * wide_ + i];
+            }
+            if (share > most) most = share;
+        }
+        return most;
     }
 
     bool triples(std::int64_t index) {
         const std::int64_t q = call_.q;
-        too_small_ = !(value(q - 1) > (rounds_ ? call_.rounded_least : call_.least) * value(0));
-        if (too_small_) return false;
+        if (!(value(q - 1) > call_.least * value(0))) return false;
+        coarse_ = rounds_ && !(value(q - 1) > call_.rounded_least * value(0) && most_late() > SETTLED);
+        if (coarse_) return false;
         double* s = call_.s + index * q;
         for (std::int64_t i = 0; i < q; ++i) s[i] = value(i);
         std::memset(weights_ + 0, 0, basis_panels_ * BASIS * wide_ * sizeof(float));
@@ -506,7 +517,7 @@ private:
         Buffer<float> some(wide_ * TALL);
         for (std::int64_t panel = 0; panel < panels_; ++panel) {
             along_packed<VECTORS>(image_panels_ + panel * most_ * TALL, count_, weights_ + 0, wide_,
-                            some + 0);
+                                  some + 0);
             transpose(some + 0, TALL, call_.q, rows_of(panel), u + panel * TALL * call_.q, call_.q);
         }
     }
@@ -561,8 +572,8 @@ private:
     float *now_, *next_;  // a block, and what the one after it is made from: [columns, block_]
     Rows x_{};
     int exponent_ = 0, count_ = 0;
-    bool rounds_ = false;     // XᵀY is multiplied in bfloat16
-    bool too_small_ = false;  // s_q, to be resolved so
+    bool rounds_ = false;  // XᵀY is multiplied in bfloat16
+    bool coarse_ = false;  // and that is coarser than what else is left to do
 };
 
 }  // namespace

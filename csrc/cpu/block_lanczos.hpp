@@ -19,8 +19,8 @@ struct BlockLanczos {
     double alike;      // neighbours that differ by less than this share are checked
     double growth;     // by what share the check may raise a value
     double least;      // s_q as a share of s_1 that is resolved
-    // and that is where XᵀY, which only leads to the next block, is multiplied in bfloat16; 1: nowhere.
-    // So it is where the processor does that fast; what is below is done again without
+    // XᵀY, which only leads to the next block, is multiplied in bfloat16 where the processor can, unless
+    // this is 1. What has s_q below this share, or has converged, is done again without
     double rounded_least;
     float* u;          // [count, rows, q]
     double* s;         // [count, q]

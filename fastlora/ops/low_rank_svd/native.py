@@ -29,7 +29,7 @@ _SHARE = 0.5
 _ALIKE, _GROWTH = 0.03, 0.03
 # σ_q as a share of σ_1 down to which XᵀX resolves it in float32.
 _LEAST = 1e-3
-# And down to which a basis from products in bfloat16 is as good, to 1e-5 of what is left; 1: never.
+# And down to which a basis from products in bfloat16 may do (README); 1: nowhere.
 # AMD's processors that have such products do twice as many a second; others were not measured.
 _ROUNDED_LEAST = 0.1 if cpu_vendor() == "AuthenticAMD" else 1.0
 

@@ -273,7 +273,7 @@ def test_a_sum_is_taken_only_as_measured_on_amd(monkeypatch):
     assert native.takes_sum(1, 576, 576) and native.takes_sum(1, 576, 576, turned=True)
     assert native.takes_few(1, 2048, 512) and native.takes_few(2, 576, 1536)
     assert not native.takes_few(1, 576, 1536)
-    assert native.takes_sum(512, 4096, 4096) and not native.takes_sum(513, 576, 576)
+    assert native.takes_sum(256, 4096, 4096) and not native.takes_sum(257, 576, 576)
 
 
 @pytest.mark.parametrize("vendor, isa", [("GenuineIntel", "avx512"), ("AuthenticAMD", "avx2")])
