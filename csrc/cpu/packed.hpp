@@ -217,20 +217,16 @@ struct Rounded {
     FASTLORA_PAIRS static void tile(const Panels& x, const std::uint32_t* y, int width, float* z,
                                     bool first) {
         constexpr int SIZE = sizeof(Vector) / sizeof(float), WORDS = COUNT * TALL / 2;
+        static_assert(TALL % 32 == 0, "two registers of floats make one of pairs");
         alignas(64) std::uint32_t pairs[WORDS];
         Vector acc[COUNT][VECTORS] = {};
         const float* own = x.values;
         for (int panel = 0; panel < x.count; ++panel, own += x.distance) {
             if (first) x.fetch(own, COUNT * TALL);
-            int word = 0;
-            for (; word + 16 <= WORDS; word += 16) {
+            for (int word = 0; word < WORDS; word += 16) {
                 const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(own + 2 * word + 16),
                                                           _mm512_loadu_ps(own + 2 * word));
                 std::memcpy(pairs + word, &both, sizeof both);
-            }
-            if (word < WORDS) {
-                const __m256bh one = _mm512_cvtneps_pbh(_mm512_loadu_ps(own + 2 * word));
-                std::memcpy(pairs + word, &one, sizeof one);
             }
             for (int i = 0; i < TALL / 2; ++i, y += width) {
                 Vector right[VECTORS];
