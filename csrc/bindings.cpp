@@ -145,16 +145,16 @@ void dropout(Address x, std::int64_t rows, std::int64_t columns, std::int64_t x_
 
 void block_lanczos(const std::vector<Address>& x, std::int64_t stride, std::int64_t rows,
                    std::int64_t columns, std::int64_t width, std::int64_t blocks, Address start,
-                   std::int64_t q, double low, double high, double alike, double growth,
-                   double least, double rounded_least, Address u, Address s, Address vh,
-                   Address squares, Address checked, Address found, int threads,
-                   const std::string& isa) {
+                   std::int64_t start_stride, bool left, std::int64_t q, double low, double high,
+                   double alike, double growth, double least, double rounded_least, Address u,
+                   Address s, Address vh, Address squares, Address checked, Address found,
+                   int threads, const std::string& isa) {
     const auto kernel = FASTLORA_PICK(fastlora::find_isa(isa), block_lanczos);
     std::vector<const float*> matrices;
     for (const Address address : x) matrices.push_back(at<const float>(address));
     const fastlora::BlockLanczos call{
         matrices.data(), static_cast<std::int64_t>(x.size()), stride, rows, columns, width, blocks,
-        at<const float>(start), q, low, high, alike, growth, least, rounded_least,
+        at<const float>(start), start_stride, left, q, low, high, alike, growth, least, rounded_least,
         at<float>(u), at<double>(s), at<float>(vh),
         at<double>(squares), at<double>(checked), at<fastlora::Found>(found)};
     py::gil_scoped_release released;

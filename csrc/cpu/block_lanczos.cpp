@@ -20,6 +20,7 @@ constexpr double SHIFT = 1e-6;        // of the mean square, where pivots vanish
 constexpr double ORTHONORMAL = 2e-6;  // what the results' Gram matrices may be off untouched
 constexpr double REPAIRED = 0.05;     // and up to where one Cholesky pass repairs them
 constexpr int CHECKING = 2;           // blocks of the check
+constexpr int START = -1;             // in place of a block's number: what the first is made from
 constexpr double LATE = 0.5;          // of a checked vector that may lie in the last block
 constexpr double SETTLED = 0.03;      // and of any, where all have converged
 constexpr int GROUP = 8;              // what widths are a multiple of
@@ -170,6 +171,7 @@ public:
           chunk_((panels_ + chunks(call.rows) - 1) / chunks(call.rows)),
           chunks_((panels_ + chunk_ - 1) / chunk_),
           blocks_(2 * size_),
+          pairs_(size_),
           sums_((threads > 1 ? chunks_ : 1) * size_),
           squares_of_(panels_),
           taken_(basis_panels_ * BASIS * block_),
@@ -199,11 +201,8 @@ public:
 private:
     Found decompose(std::int64_t index) {
         call_.checked[index] = -1;
-        const bool begun = begin(0, call_.start);
-        const bool in_range = read(index, call_.blocks > 1);
-        if (!in_range) return Found::extremes;
-        if (!begun) return Found::nothing;
-        for (int block = 1; block < call_.blocks; ++block) {
+        if (!read(index)) return Found::extremes;
+        for (int block = 0; block < call_.blocks; ++block) {
             if (!extend(block)) return Found::nothing;
             multiply(block, block + 1 < call_.blocks);
         }
@@ -215,15 +214,6 @@ private:
     static std::int64_t chunks(std::int64_t rows) {
         const std::int64_t count = rows / CHUNK;
         return count < 1 ? 1 : count < CHUNKS ? count : CHUNKS;
-    }
-
-    // Block `number` from vectors at random.
-    bool begin(int number, const float* from) {
-        if (number == 0) {
-            std::memset(basis_ + 0, 0, basis_panels_ * call_.columns * BASIS * sizeof(float));
-        }
-        transpose(from, call_.columns, block_, call_.columns, next_, block_);
-        return orthonormalise(number);
     }
 
     // Calls body(chunk, its first panel, the one after its last) for every chunk of X's panels, whoever
@@ -239,10 +229,15 @@ private:
 
     int rows_of(std::int64_t panel) const { return least(call_.rows - panel * TALL, TALL); }
 
-    // The copy of X in panels, with the products of the first block while a panel is in the cache, and
+    // The copy of X in panels, what the first block is made from while a panel is in the cache, and
     // ‖X‖²; whether that is in range.
-    bool read(std::int64_t index, bool back) {
-        multiply(0, back);
+    bool read(std::int64_t index) {
+        std::memset(basis_ + 0, 0, basis_panels_ * call_.columns * BASIS * sizeof(float));
+        if (!call_.left) {
+            transpose(call_.start, call_.start_stride, block_, call_.columns, now_, block_);
+            if (rounds_start()) Rounded::operand(now_, call_.columns, block_, pairs_ + 0);
+        }
+        multiply(START, true);
         double squares = 0;
         for (std::int64_t panel = 0; panel < panels_; ++panel) squares += squares_of_[panel];
         call_.squares[index] = squares;
@@ -286,10 +281,14 @@ private:
             const int some = least(end - panel, PAIR);
             const float* x = packed_ + panel * panel_size;
             for (int one = 0; one < some; ++one, ++panel) {
-                if (number == 0) read(panel);
+                float* rows = turned + one * TALL * block_;
+                if (number == START) {
+                    read(panel);
+                    start(panel, rows);
+                    continue;
+                }
                 float* y = image_panels_ + (panel * most_ + number * block_) * TALL;
                 along_packed<VECTORS>(x + one * panel_size, call_.columns, now_, block_, y);
-                float* rows = turned + one * TALL * block_;
                 transpose(y, TALL, block_, TALL, rows, block_);
                 for (int i = 0; i < rows_of(panel); ++i) {
                     std::memcpy(image_ + (panel * TALL + i) * width_ + number * block_,
@@ -306,6 +305,28 @@ private:
         }
     }
 
+    // Its products along rows take columns by pairs.
+    bool rounds_start() const { return rounds_ && call_.columns % 2 == 0; }
+
+    // The panel's rows [TALL, block_] of what Xᵀ is multiplied with for the first block.
+    void start(std::int64_t panel, float* rows) const {
+        alignas(64) float y[TALL * WIDEST] = {};
+        if (call_.left) {
+            const float* from = call_.start + panel * TALL;
+            for (int c = 0; c < block_; ++c, from += call_.start_stride) {
+                std::memcpy(y + c * TALL, from, rows_of(panel) * sizeof(float));
+            }
+        } else {
+            const float* x = packed_ + panel * call_.columns * TALL;
+            if (rounds_start()) {
+                Rounded::along<VECTORS>(x, call_.columns, pairs_ + 0, block_, y);
+            } else {
+                along_packed<VECTORS>(x, call_.columns, now_, block_, y);
+            }
+        }
+        transpose(y, TALL, block_, TALL, rows, block_);
+    }
+
     template <class Products>
     void back(const Panels& x, const float* y, bool fresh, float* sums) const {
         alignas(64) typename Products::Operand space[PAIR * TALL * WIDEST];
@@ -317,7 +338,7 @@ private:
         }
     }
 
-    // Block `number` from XᵀY of the one before it.
+    // Block `number` from XᵀY of the one before it, the first from the start's.
     bool extend(int number) {
         const float scale = static_cast<float>(std::ldexp(1.0, -exponent_));
         for (std::int64_t i = 0; i < size_; ++i) next_[i] *= scale;
@@ -450,7 +471,9 @@ private:
     bool check(std::int64_t index) {
         const int blocks = static_cast<int>(call_.blocks);
         for (std::int64_t i = 0; i < call_.q; ++i) before_[i] = value(i);
-        if (!begin(blocks, call_.start + block_ * call_.columns)) return false;
+        transpose(call_.start + block_ * call_.start_stride, call_.start_stride, block_,
+                  call_.columns, next_, block_);
+        if (!orthonormalise(blocks)) return false;
         multiply(blocks, true);
         if (!extend(blocks + 1)) return false;
         multiply(blocks + 1, false);
@@ -562,6 +585,7 @@ private:
     const Buffer<float> packed_;        // X in panels
     const std::int64_t chunk_, chunks_;  // panels of one, and how many
     const Buffer<float> blocks_;         // now_ and next_
+    const Buffer<Rounded::Operand> pairs_;  // of the start's vectors
     const Buffer<float> sums_;           // XᵀY of a chunk, of every chunk where threads share them
     const Buffer<double> squares_of_;   // of panels
     const Buffer<float> taken_;
@@ -572,7 +596,7 @@ private:
     float *now_, *next_;  // a block, and what the one after it is made from: [columns, block_]
     Rows x_{};
     int exponent_ = 0, count_ = 0;
-    bool rounds_ = false;  // XᵀY is multiplied in bfloat16
+    bool rounds_ = false;  // XᵀY and the start's X V are multiplied in bfloat16
     bool coarse_ = false;  // and that is coarser than what else is left to do
 };
 

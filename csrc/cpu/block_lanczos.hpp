@@ -13,7 +13,12 @@ struct BlockLanczos {
     const float* const* x;  // `count` matrices [rows, columns], rows `stride` apart
     std::int64_t count, stride, rows, columns;
     std::int64_t width, blocks;  // of so many vectors: 8, 16, 24 or 32
-    const float* start;  // [2 width, columns] at random: of the space, and of what is to check it
+    // At random, [2 width, ..] with rows `start_stride` apart: the space begins with XᵀX of the first
+    // `width` rows, [.., columns], or where `left` with Xᵀ of them, [.., rows]; the others,
+    // [.., columns], are of what is to check it
+    const float* start;
+    std::int64_t start_stride;
+    bool left;
     std::int64_t q;
     double low, high;  // norms between which it computes
     double alike;      // neighbours that differ by less than this share are checked

@@ -187,7 +187,12 @@ void packed_tile(const Panels& x, const float* y, int width, float* z, bool firs
 struct Exact {
     typedef float Operand;
 
-    static const float* operand(const float* y, int, int, float*) { return y; }
+    static const float* operand(const float* y, std::int64_t, int, float*) { return y; }
+
+    template <int VECTORS>
+    static void along(const float* x, std::int64_t columns, const float* v, int width, float* y) {
+        along_packed<VECTORS>(x, columns, v, width, y);
+    }
 
     template <int TALL, Into INTO, class Vector, int COUNT, int VECTORS>
     static void tile(const Panels& x, const float* y, int width, float* z, bool first) {
@@ -203,14 +208,51 @@ struct Exact {
 struct Rounded {
     typedef std::uint32_t Operand;  // [rows / 2, width]: two rows' elements, the first the lower half
 
-    static const std::uint32_t* operand(const float* y, int rows, int width, std::uint32_t* space) {
+    static const std::uint32_t* operand(const float* y, std::int64_t rows, int width,
+                                        std::uint32_t* space) {
         std::uint32_t* to = space;
-        for (int i = 0; i < rows; i += 2, y += 2 * width, to += width) {
+        for (std::int64_t i = 0; i < rows; i += 2, y += 2 * width, to += width) {
             for (int c = 0; c < width; ++c) {
                 to[c] = (nearest(y[c]) >> 16) | (nearest(y[width + c]) & 0xffff0000u);
             }
         }
         return space;
+    }
+
+    // As along_packed, columns even.
+    template <int VECTORS>
+    FASTLORA_PAIRS static void along(const float* x, std::int64_t columns, const std::uint32_t* v,
+                                     int width, float* y) {
+        constexpr int TALL = VECTORS * LANES, SOME = REGISTERS / 3;
+        alignas(64) std::uint32_t pairs[DEEP / 2 * TALL];
+        for (std::int64_t from = 0; from < columns; from += DEEP) {
+            const int length = least(columns - from, DEEP) / 2;
+            pair_columns<VECTORS>(x + from * TALL, length, pairs);
+            for (int group = 0; group < width; group += SOME) {
+                Floats acc[SOME][VECTORS] = {};
+                const std::uint32_t* left = pairs;
+                const std::uint32_t* right = v + from / 2 * width + group;
+                for (int k = 0; k < length; ++k, left += TALL, right += width) {
+                    Floats own[VECTORS];
+                    for (int r = 0; r < VECTORS; ++r) {
+                        std::memcpy(&own[r], left + r * LANES, sizeof own[r]);
+                    }
+#pragma GCC unroll 32
+                    for (int c = 0; c < SOME; ++c) {
+#pragma GCC unroll 8
+                        for (int r = 0; r < VECTORS; ++r) {
+                            acc[c][r] = add_pairs(acc[c][r], right[c], own[r]);
+                        }
+                    }
+                }
+                for (int c = 0; c < SOME; ++c) {
+                    float* to = y + (group + c) * TALL;
+                    for (int r = 0; r < VECTORS; ++r) {
+                        store(to + r * LANES, from ? load(to + r * LANES) + acc[c][r] : acc[c][r]);
+                    }
+                }
+            }
+        }
     }
 
     template <int TALL, Into INTO, class Vector, int COUNT, int VECTORS>
@@ -245,6 +287,26 @@ struct Rounded {
 
 private:
     typedef float Eight __attribute__((vector_size(32)));
+
+    // pairs [length, TALL] of neighbours among x's columns [2 length, TALL].
+    template <int VECTORS>
+    FASTLORA_PAIRS static void pair_columns(const float* x, int length, std::uint32_t* pairs) {
+        constexpr int TALL = VECTORS * LANES;
+        std::uint16_t places[2 * LANES];
+        for (int i = 0; i < LANES; ++i) {
+            places[2 * i] = static_cast<std::uint16_t>(i);
+            places[2 * i + 1] = static_cast<std::uint16_t>(LANES + i);
+        }
+        const __m512i order = _mm512_loadu_si512(places);
+        for (int k = 0; k < length; ++k, x += 2 * TALL, pairs += TALL) {
+            for (int r = 0; r < VECTORS; ++r) {
+                const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + TALL + r * LANES),
+                                                          _mm512_loadu_ps(x + r * LANES));
+                _mm512_storeu_si512(pairs + r * LANES,
+                                    _mm512_permutexvar_epi16(order, (__m512i)both));
+            }
+        }
+    }
 
     // Of a float's bits, the upper half is the nearest bfloat16, ties to even.
     static std::uint32_t nearest(float value) {

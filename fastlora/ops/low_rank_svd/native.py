@@ -18,8 +18,6 @@ from fastlora.ops.library import core
 _GROUP, _WIDEST = 8, 32
 # Blocks of the space that checks for repeated singular values.
 _CHECKING = 2
-# Passes at least.
-_FEWEST = 4
 # Blocks to q at most.
 _MOST = 4
 # The space's share of the smaller side beyond which a subspace iteration is no slower.
@@ -35,10 +33,12 @@ _ROUNDED_LEAST = 0.1 if cpu_vendor() == "AuthenticAMD" else 1.0
 
 
 class Plan(NamedTuple):
-    """So many blocks, so wide, and the vectors at random that they are made from."""
+    """So many blocks, so wide, made from so many vectors at random, the first from Xᵀ or XᵀX of
+    those."""
 
     width: int
     blocks: int
+    left: bool
     starts: int
 
 
@@ -59,10 +59,12 @@ def plan(n: int, k: int, q: int, niter: int, more: int) -> Plan | None:
     share = max(1.0, q / width)
     # No more error than torch.svd_lowrank's niter leaves on the flattest spectra (README, "Block
     # Lanczos"): fitted to Gaussian matrices. With the narrowest blocks luck decides more.
-    passes = 2.25 * share - 0.5 + 2 * (share * niter) ** 0.6 + (width == _GROUP)
-    blocks = math.ceil((max(passes, _FEWEST) + 1) / 2) + -(-more // width)
+    few = 2 * share + 2 * (share * niter) ** 0.6 + (share % 1 > 0) / 2 + (width == _GROUP)
+    passes = max(math.ceil(few), 2 * -(-q // width))
+    blocks = passes // 2 + -(-more // width)
     fits = (blocks + _CHECKING) * width <= _SHARE * min(n, k)
-    return Plan(width, blocks, 2 * width) if fits and q <= _MOST * width else None
+    left = passes % 2 == 0
+    return Plan(width, blocks, left, 2 * width) if fits and q <= _MOST * width else None
 
 
 def forward(
@@ -86,7 +88,6 @@ def forward(
         return Triples(right.mT.contiguous(), s, left.mT.contiguous(), squares, found)
     if not (x[0].stride(1) == 1 and x[0].stride(0) >= k and _alike(x)):
         x = [m.contiguous() for m in x]
-    start = start[:, :k].contiguous()
     count = len(x)
     u, vh = start.new_empty(count, n, q), start.new_empty(count, q, k)
     s, squares, checked = (
@@ -95,9 +96,9 @@ def forward(
     found = start.new_empty(count, dtype=torch.uint8)
     core().block_lanczos(
         [m.data_ptr() for m in x], x[0].stride(0), n, k, plan.width, plan.blocks,
-        start.data_ptr(), q, *norms, _ALIKE, _GROWTH, _LEAST, rounded_least, u.data_ptr(),
-        s.data_ptr(), vh.data_ptr(), squares.data_ptr(), checked.data_ptr(), found.data_ptr(),
-        torch.get_num_threads(), isa,
+        start.data_ptr(), start.stride(0), plan.left, q, *norms, _ALIKE, _GROWTH, _LEAST,
+        rounded_least, u.data_ptr(), s.data_ptr(), vh.data_ptr(), squares.data_ptr(),
+        checked.data_ptr(), found.data_ptr(), torch.get_num_threads(), isa,
     )  # fmt: skip
     return Triples(u, s, vh, squares, found == 0)
 

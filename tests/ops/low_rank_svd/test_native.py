@@ -85,6 +85,34 @@ def test_noise_is_left_as_torch_leaves_it(q, niter):
     assert above[0].mean() <= 1.05 * above[1].mean()
 
 
+def krylov_values(x, start, plan, q):
+    """The space's singular values, by QR in float64 throughout."""
+    x, first = x.double(), start[: plan.width].double().T
+    basis = torch.empty(x.shape[1], 0, dtype=torch.float64)
+    block = x.T @ (first if plan.left else x @ first)
+    for _ in range(plan.blocks):
+        for _ in range(2):
+            block = block - basis @ (basis.T @ block)
+        block = torch.linalg.qr(block).Q
+        basis = torch.cat([basis, block], 1)
+        block = x.T @ (x @ block)
+    return torch.linalg.svdvals(x @ basis)[:q]
+
+
+@pytest.mark.parametrize("instructions", ISAS)
+@pytest.mark.parametrize(
+    "q, niter, left",
+    [(8, 2, False), (10, 2, True), (20, 3, True), (20, 4, False), (32, 4, False), (48, 1, True)],
+)
+def test_the_space_is_the_one_that_is_planned(q, niter, left, instructions):
+    x = matrix(480, 480, SPECTRA["slow"])
+    plan = native.plan(480, 480, q, niter, 0)
+    assert plan is not None and plan.left == left
+    start = torch.randn(plan.starts, 480, generator=seeded())
+    s = native.forward([x], q, plan, start, (1e-12, 1e12), instructions, rounded_least=1.0).S[0]
+    torch.testing.assert_close(s, krylov_values(x, start, plan, q), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("niter", [1, 4])
 @pytest.mark.parametrize("spectrum", ["power", "flat"])
 @pytest.mark.parametrize("q, width, n", [(65, 32, 600), (96, 32, 720), (128, 32, 880)])
