@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/adapter_linear.hpp"
 #include "cpu/block_lanczos.hpp"
 #include "cpu/dropout.hpp"
 #include "cpu/isa.hpp"
@@ -131,6 +132,42 @@ void sum_of_products(Address out, std::int64_t rows, std::int64_t columns, std::
     kernel(call, threads);
 }
 
+// its address and strides
+using MatrixTuple = std::tuple<Address, std::int64_t, std::int64_t>;
+
+// rows, in, out, r; x and its stride; W, A, B; factor; seed and threshold of the mask; slice, small
+using LayerTuple =
+    std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, Address, std::int64_t,
+               MatrixTuple, MatrixTuple, MatrixTuple, double, std::int64_t, int, int, std::int64_t>;
+
+fastlora::AdapterLinear adapter_linear(const LayerTuple& layer) {
+    const auto& [rows, in, out, r, x, x_stride, w, a, b, factor, seed, threshold, slice, small] = layer;
+    const auto matrix = [](const MatrixTuple& m) {
+        return fastlora::Matrix{at<const float>(std::get<0>(m)), std::get<1>(m), std::get<2>(m)};
+    };
+    return {rows, in, out, r, at<const float>(x), x_stride, matrix(w), matrix(a), matrix(b),
+            static_cast<float>(factor), static_cast<std::uint64_t>(seed),
+            static_cast<std::uint32_t>(threshold), slice, small};
+}
+
+void adapter_linear_forward(const LayerTuple& layer, Address bias, Address y, Address t,
+                            int threads, const std::string& isa) {
+    const auto kernel = FASTLORA_PICK(fastlora::find_isa(isa), adapter_linear_forward);
+    const auto own = adapter_linear(layer);
+    py::gil_scoped_release released;
+    kernel(own, {at<const float>(bias), at<float>(y), at<float>(t)}, threads);
+}
+
+void adapter_linear_backward(const LayerTuple& layer, Address dy, std::int64_t dy_stride, Address t,
+                             Address dx, Address da, Address db, int threads,
+                             const std::string& isa) {
+    const auto kernel = FASTLORA_PICK(fastlora::find_isa(isa), adapter_linear_backward);
+    const auto own = adapter_linear(layer);
+    py::gil_scoped_release released;
+    kernel(own, {at<const float>(dy), dy_stride, at<const float>(t), at<float>(dx), at<float>(da),
+                 at<float>(db)}, threads);
+}
+
 void dropout(Address x, std::int64_t rows, std::int64_t columns, std::int64_t x_stride, Address out,
              std::int64_t out_stride, std::int64_t seed, int threshold, Address bits, bool drawn,
              int threads, const std::string& isa) {
@@ -199,6 +236,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("low_rank_update", &low_rank_update);
     module.def("sum_of_products", &sum_of_products);
     module.def("dropout", &dropout);
+    module.def("adapter_linear_forward", &adapter_linear_forward);
+    module.def("adapter_linear_backward", &adapter_linear_backward);
     module.def("block_lanczos", &block_lanczos);
     module.def("symmetric_eigen", &symmetric_eigen);
     module.def("svd", &svd);

@@ -4,8 +4,10 @@
 #include <string>
 #include <vector>
 
-// Declares the same functions in the namespace of every instruction set.
-#ifdef FASTLORA_X86
+// Declares the same functions in the namespace of every instruction set; for a kernel file, in its own.
+#if defined(FASTLORA_ISA)
+#define FASTLORA_EACH_ISA(...) namespace fastlora::FASTLORA_ISA { __VA_ARGS__ }
+#elif defined(FASTLORA_X86)
 #define FASTLORA_EACH_ISA(...)              \
     namespace fastlora::baseline { __VA_ARGS__ } \
     namespace fastlora::avx2 { __VA_ARGS__ }     \

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastlora.ops.adapter_group.contract import Gradients, Member, Needs, Part, Slot
 from fastlora.ops.adapter_group.shares import share
@@ -23,6 +22,7 @@ from fastlora.ops.adapter_linear.scaled import (
 )
 from fastlora.ops.dropout import threshold
 from fastlora.ops.dtypes import to
+from fastlora.ops.once import once_differentiable
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fastlora.ops import backend
 from fastlora.ops.adapter_linear import eager, onednn
-from fastlora.ops.adapter_linear.contract import legible
+from fastlora.ops.adapter_linear.contract import Needs, legible
 from fastlora.ops.adapter_linear.eager import InPlace, Linear, Passed, Update
-from fastlora.ops.dropout import Mask, threshold
+from fastlora.ops.dropout import Mask, keep_scale, threshold
 from fastlora.ops.library import address, core, with_rows
 
 _core = core()
@@ -88,10 +88,12 @@ def _takes_sum(
     )
 
 
-def takes_few(rows: int, depth: int, columns: int) -> bool:
+def takes_few(rows: int, depth: int, columns: int, one_call: bool = False) -> bool:
     """Whether few rows are better off with ``forward`` and ``backward`` than with ``few_rows``:
-    where the product takes so long that the faster one makes up for a Function's calls."""
-    return rows * depth * columns >= _LARGE and takes_sum(rows, depth, columns, turned=True)
+    where each of them is one call of the core's (a layer without vectors), or where the product
+    takes so long that the faster one makes up for a Function's calls."""
+    worth = one_call or rows * depth * columns >= _LARGE
+    return worth and takes_sum(rows, depth, columns, turned=True)
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -337,8 +339,105 @@ BACKWARD: dict[str, Any] = {
     "draw": draw,
 }
 
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    *,
+    need_t: bool,
+    isa: str = "",
+) -> tuple[Tensor, Tensor | None]:
+    """See ``eager.forward``; ``isa`` as above. One call of the core's where it takes the sum."""
+    m, k = x.shape
+    n, r = lora_B.shape
+    if r > _NARROW or not takes_sum(m, k, n, turned=True):
+        return eager.forward(
+            x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, need_t=need_t, **FORWARD
+        )
+    x, weight, lora_A, lora_B = with_rows(x), _dense(weight), _dense(lora_A), _dense(lora_B)
+    bias = None if bias is None else bias.contiguous()
+    y, t = x.new_empty(m, n), x.new_empty(m, r)
+    layer = _layer(m, k, n, r, x, weight, lora_A, lora_B, scaling, dropout_p, seed)
+    _core.adapter_linear_forward(
+        layer, address(bias), address(y), address(t), torch.get_num_threads(), isa
+    )
+    return y, t if need_t else None
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    t: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Needs,
+    isa: str = "",
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """See ``eager.backward``, and ``forward``."""
+    m, n = dy.shape
+    known = t if lora_B is None else lora_B
+    r = 0 if known is None else known.shape[1]
+    wide = lora_A if x is None else x
+    k = 0 if wide is None else wide.shape[1]
+    if not 0 < r <= _NARROW or needs.weight or not k or not takes_sum(m, n, k):
+        return eager.backward(
+            dy, x, weight, lora_A, lora_B, t, scaling, dropout_p, seed, needs, **BACKWARD
+        )
+    dy = with_rows(dy)
+    weight, lora_A = (None if w is None else _dense(w) for w in (weight, lora_A))
+    x, lora_B, t = (None if w is None else with_rows(w) for w in (x, lora_B, t))
+    dx = dy.new_empty(m, k) if needs.x else None
+    dA = dy.new_empty(r, k) if needs.lora_A else None
+    dB = dy.new_empty(n, r) if needs.lora_B else None
+    layer = _layer(m, k, n, r, x, weight, lora_A, lora_B, scaling, dropout_p, seed)
+    _core.adapter_linear_backward(
+        layer, address(dy), dy.stride(0), address(t), address(dx), address(dA), address(dB),
+        torch.get_num_threads(), isa,
+    )  # fmt: skip
+    return dx, None, dA, dB, dy.sum(0) if needs.bias else None
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    return matrix if 1 in matrix.stride() else matrix.contiguous()
+
+
+def _layer(
+    m: int,
+    k: int,
+    n: int,
+    r: int,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Any, ...]:
+    """As the core takes it: its LayerTuple."""
+    factor, key, level = scaling, 0, 0
+    if seed is not None:
+        factor, key, level = scaling * keep_scale(dropout_p), int(seed), threshold(dropout_p)
+    return (
+        m, k, n, r, address(x), 0 if x is None else x.stride(0),
+        _matrix(weight), _matrix(lora_A), _matrix(lora_B), factor, key, level, _SLICE, _SMALL,
+    )  # fmt: skip
+
+
+def _matrix(matrix: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if matrix is None else (address(matrix), *matrix.stride())
+
+
 few_rows = functools.partial(eager.few_rows, draw=draw)
-forward = functools.partial(eager.forward, **FORWARD)
 scaled_forward = functools.partial(eager.scaled_forward, **FORWARD)
-backward = functools.partial(eager.backward, **BACKWARD)
 scaled_backward = functools.partial(eager.scaled_backward, **BACKWARD)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastlora.ops import backend as _backend
 from fastlora.ops.adapter_linear.contract import BACKENDS, Needs, Scales, check_mask, rows
@@ -24,6 +23,7 @@ from fastlora.ops.adapter_linear.entry import (
 )
 from fastlora.ops.adapter_linear.scaled import ScaledAdapterLinear
 from fastlora.ops.dtypes import to
+from fastlora.ops.once import once_differentiable
 
 
 def adapter_linear(
@@ -84,7 +84,8 @@ def adapter_linear(
     A float32 call of at most four rows on a CPU is a few differentiable PyTorch calls whatever the
     backend: the same values, masks and gradients, but autograd keeps what it does, dropout's mask
     among it, whatever keep_output says, and there is a second derivative. The exception is 'native'
-    with a weight so large (rows · N · K of 2²⁰ and more) that it has a faster product for it.
+    where it has faster products (README.md): for a call without vectors, and for one with them and
+    a large weight (rows · N · K of 2²⁰ and more).
 
     Returns:
         y [..., N] in the compute dtype.
@@ -116,7 +117,7 @@ def adapter_linear(
     if is_transformed(x):
         return composite(*arguments, scales, drop_base)
     module = _backend.select("adapter_linear", BACKENDS, device, x.dtype, backend)
-    if has_few_rows(x, module, weight.shape[0]):
+    if has_few_rows(x, module, weight.shape[0], scales is None):
         seed = module.draw_seed(device) if dropout_p > 0.0 else None
         y = module.few_rows(
             rows(x), weight, lora_A, lora_B, scaling, bias, dropout_p, seed, scales, drop_base
@@ -167,18 +168,19 @@ class _AdapterLinear(torch.autograd.Function):
             t,
             seed,
         )
-        ctx.static = (x.shape, float(scaling), dropout_p, module, needs)
-        ctx.seed_dim = None if seed is None else seed.dim()
-        ctx.dtypes = (lora_A.dtype, lora_B.dtype, None if bias is None else bias.dtype)
-        return y.view(*x.shape[:-1], weight.shape[0])
+        shape = None if x.dim() == 2 else x.shape
+        dtypes = (lora_A.dtype, lora_B.dtype, None if bias is None else bias.dtype)
+        seed_dim = None if seed is None else seed.dim()
+        ctx.static = (shape, float(scaling), dropout_p, module, needs, seed_dim, dtypes)
+        return y if shape is None else y.view(*shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, t, seed = ctx.saved_tensors
-        shape, scaling, dropout_p, module, needs = ctx.static
-        check_mask(seed, ctx.seed_dim)
-        dtype_A, dtype_B, dtype_bias = ctx.dtypes
+        shape, scaling, dropout_p, module, needs, seed_dim, dtypes = ctx.static
+        check_mask(seed, seed_dim)
+        dtype_A, dtype_B, dtype_bias = dtypes
         dx, dweight, dA, dB, dbias = module.backward(
             rows(dy),
             None if x is None else rows(x),
@@ -192,7 +194,7 @@ class _AdapterLinear(torch.autograd.Function):
             needs,
         )
         return (
-            None if dx is None else dx.view(shape),
+            dx if dx is None or shape is None else dx.view(shape),
             dweight,
             None if dA is None else to(dA, dtype_A),
             None if dB is None else to(dB, dtype_B),

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastlora.ops.adapter_linear.contract import Needs, Scales, check_mask, rows
 from fastlora.ops.dtypes import to
+from fastlora.ops.once import once_differentiable
 
 
 class ScaledNeeds(NamedTuple):

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastlora.ops import backend as _backend
 from fastlora.ops.adapter_linear.entry import is_transformed
 from fastlora.ops.dtypes import to
+from fastlora.ops.once import once_differentiable
 from fastlora.ops.weight_norm.cache import WeightNormCache
 from fastlora.ops.weight_norm.contract import BACKENDS, FLOOR, result_dtype
 

@@ -14,7 +14,7 @@ if library.missing():
 
 from fastlora.ops.adapter_linear import eager, native
 from fastlora.ops.adapter_linear.contract import Needs
-from fastlora.ops.dropout import philox_keep
+from fastlora.ops.dropout import keep_scale, philox_keep
 
 ISAS = library.core().isas()
 ROWS = st.sampled_from([0, 1, 3, 64, 65, 200])
@@ -272,7 +272,8 @@ def test_a_sum_is_taken_only_as_measured_on_amd(monkeypatch):
     rules(monkeypatch, "AuthenticAMD", "avx512")
     assert native.takes_sum(1, 576, 576) and native.takes_sum(1, 576, 576, turned=True)
     assert native.takes_few(1, 2048, 512) and native.takes_few(2, 576, 1536)
-    assert not native.takes_few(1, 576, 1536)
+    assert not native.takes_few(1, 576, 1536) and native.takes_few(1, 576, 1536, one_call=True)
+    assert not native.takes_few(1, 576, 64, one_call=True)  # a thread would have half a strip
     assert native.takes_sum(256, 4096, 4096) and not native.takes_sum(257, 576, 576)
 
 
@@ -288,6 +289,92 @@ def test_a_sum_is_not_taken_where_a_thread_would_have_little_of_a_strip(monkeypa
 def test_a_sum_is_not_taken_where_it_was_not_measured(monkeypatch, vendor, isa):
     rules(monkeypatch, vendor, isa)
     assert not native.takes_sum(256, 576, 576)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@given(
+    m=st.sampled_from([1, 3, 8, 9, 65, 200]),
+    n=st.sampled_from([1, 5, 31, 97, 250]),
+    k=COLUMNS,
+    r=RANKS,
+    p=st.sampled_from([0.0, 0.3]),
+    bias=st.booleans(),
+    needs=st.builds(Needs, st.booleans(), st.just(False), *[st.booleans()] * 3),
+    layout=st.booleans(),
+)
+def test_a_layer_in_one_call(isa, m, n, k, r, p, bias, needs, layout):
+    shapes = (m, k), (n, k), (r, k), (n, r), (m, n)
+    x, w, a, b, dy = (draw(*s, seed=i, columns=layout) for i, s in enumerate(shapes))
+    seed = torch.tensor([7]) if p else None
+    shift = draw(n, seed=6) if bias else None
+    with pytest.MonkeyPatch.context() as patch:
+        calls = watched(patch)
+        patch.setattr(native, "takes_sum", lambda *_, **__: True)
+        y, t = native.forward(x, w, a, b, 0.7, shift, p, seed, need_t=True, isa=isa)
+        kept = (x if needs.lora_A else None, w if needs.x else None, a if needs.x else None,
+                b if needs.x or needs.lora_A else None, t if needs.lora_B else None)  # fmt: skip
+        got = native.backward(dy, *kept, 0.7, p, seed, needs, isa=isa)
+    ours = k > 0 and any((needs.x, needs.lora_A))
+    assert calls == ["adapter_linear_forward", "adapter_linear_backward"][: 1 + ours]
+    x, w, a, b, dy = (tensor.double() for tensor in (x, w, a, b, dy))
+    mask = torch.ones(m, k, dtype=torch.float64)
+    if p:
+        mask = philox_keep((m, k), p, seed) * keep_scale(p)
+    dropped, exact_t = x * mask, 0.7 * (x * mask) @ a.T
+    h = 0.7 * dy @ b
+    added = torch.zeros(n) if shift is None else shift
+    expected = {
+        "y": (
+            y,
+            x @ w.T + exact_t @ b.T + added,
+            abs(x) @ abs(w).T + n_size(x * mask, a, b) + abs(added),
+        ),
+        "t": (t, exact_t, abs(dropped) @ abs(a).T),
+        "dx": (got[0], dy @ w + h @ a * mask, abs(dy) @ abs(w) + abs(dy) @ abs(b) @ abs(a) * mask),
+        "dA": (got[2], h.T @ dropped, (abs(dy) @ abs(b)).T @ abs(dropped)),
+        "dB": (got[3], dy.T @ exact_t, abs(dy).T @ (abs(dropped) @ abs(a).T)),
+        "dbias": (got[4], dy.sum(0), abs(dy).sum(0)),
+    }
+    asked = {"y": True, "t": True, "dx": needs.x, "dA": needs.lora_A, "dB": needs.lora_B}
+    for name, (value, exact, size) in expected.items():
+        if asked.get(name, needs.bias):
+            assert close(value, exact, size), name
+        else:
+            assert value is None, name
+
+
+def n_size(x, a, b):
+    return abs(x) @ abs(a).T @ abs(b).T
+
+
+def watched(patch):
+    """The names of a layer's calls of the core, as they come."""
+    names = "adapter_linear_forward", "adapter_linear_backward"
+    calls = []
+
+    def noting(name):
+        def call(*arguments):
+            calls.append(name)
+            return getattr(library.core(), name)(*arguments)
+
+        return call
+
+    patch.setattr(native, "_core", CoreWith(**{name: noting(name) for name in names}))
+    return calls
+
+
+@pytest.mark.parametrize("rank, rows, weight", [(65, 9, False), (16, 300, False), (16, 9, True)])
+def test_what_is_no_single_call(monkeypatch, rank, rows, weight):
+    """Ranks the native products leave, rows the sum leaves, a weight that trains."""
+    rules(monkeypatch, "AuthenticAMD", "avx512")
+    calls = watched(monkeypatch)
+    x, w, a, b = draw(rows, 130), draw(140, 130), draw(rank, 130), draw(140, rank)
+    _, t = native.forward(x, w, a, b, 1.0, None, 0.0, None, need_t=True)
+    assert len(calls) == weight
+    native.backward(
+        draw(rows, 140), x, w, a, b, t, 1.0, 0.0, None, Needs(True, weight, True, True, False)
+    )
+    assert len(calls) == weight
 
 
 @pytest.mark.parametrize("isa", ISAS)
