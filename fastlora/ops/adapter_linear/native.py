@@ -435,7 +435,10 @@ def _layer(
 
 
 def _matrix(matrix: Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if matrix is None else (address(matrix), *matrix.stride())
+    if matrix is None:
+        return 0, 0, 0
+    row, column = matrix.stride()
+    return address(matrix), row, column
 
 
 few_rows = functools.partial(eager.few_rows, draw=draw)
