@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.nn.adapted import AdaptedLayer, cannot_adapt, refuse
+from fastlora.nn.compute import compute
 from fastlora.nn.group import InputGroup
 from fastlora.nn.plain import added_behaviour
-from fastlora.nn.recomputed import spare
 from fastlora.ops.adapter_group import Member
-from fastlora.ops.adapter_linear import adapter_linear
 
 
 class AdaptedLinear(AdaptedLayer):
@@ -119,19 +118,3 @@ def parameters_of(linear: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]
     weight = linear._parameters["weight"]
     assert weight is not None  # cannot_adapt has seen it
     return weight, linear._parameters["bias"]
-
-
-def compute(x: Tensor, member: Member) -> Tensor:
-    """``adapter_linear`` of x [..., K] with these operands, x kept only if it must be."""
-    weight, lora_A, lora_B, scaling, bias, dropout_p, g, d, b, drop_base, keep_output = member
-    if g is None and d is None and b is None:
-        y = adapter_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
-    else:
-        y = adapter_linear(
-            x, weight, lora_A, lora_B, scaling, bias, dropout_p,
-            out_scale=g, mid_scale=d, adapter_scale=b,
-            drop_base=drop_base, keep_output=keep_output,
-        )  # fmt: skip
-    if not torch.compiler.is_compiling():  # where a tensor has no grad_fn to look at
-        spare(x, y)
-    return y

@@ -2,7 +2,8 @@
 
 A model calls q_proj(x), k_proj(x), v_proj(x) one after the other. The first call computes all
 three; the others, called with that very x, take their results. Nobody's code is changed: a layer
-that turns out to read something else is computed by itself.
+that turns out to read something else is computed by itself, and so is one that gains nothing from
+the others.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastlora.nn.compute import compute
 from fastlora.nn.recomputed import spare
-from fastlora.ops.adapter_group import Member, adapter_group
+from fastlora.ops.adapter_group import Member, adapter_group, gains_nothing
 from fastlora.ops.adapter_linear.entry import is_transformed
 
 # A layer is no longer computed with another after so many inputs in a row that it then did not
@@ -115,6 +117,10 @@ class InputGroup:
         own = layer.member(x)
         if own is None:  # the others may still come for theirs
             return None
+        if gains_nothing(x, own):
+            if pending is not None and pending.x is not x:
+                self._drop(pending)
+            return compute(x, own)
         self._drop(pending)
         del pending  # its graph goes with it, or that would be waited for
         self._settle()
@@ -154,6 +160,7 @@ class InputGroup:
                 and member.weight.dtype == own.weight.dtype
                 and member.weight.device == own.weight.device
                 and member.weight.shape[1] == own.weight.shape[1]
+                and not gains_nothing(x, member)
             ):
                 found[other] = layer, member
         return found

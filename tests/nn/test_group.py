@@ -91,6 +91,27 @@ def test_values_and_gradients_are_those_of_separate_layers(method, calls):
     assert calls == [3]
 
 
+@pytest.mark.parametrize("alone", ["q_proj", "k_proj", "v_proj"])
+def test_a_layer_that_gains_nothing_runs_by_itself(monkeypatch, calls, alone):
+    model = make()
+    weight = getattr(model, alone).weight
+    monkeypatch.setattr(group_module, "gains_nothing", lambda x, member: member.weight is weight)
+    x = torch.randn(2, 5, 12)
+    for _ in range(5):  # more often than a group forgives results that nobody reads
+        assert_same(run(model, x), run(ungrouped(model), x))
+    assert calls == [2] * 5
+    assert model.q_proj.group._pending is None and not model.q_proj.group._misses
+
+
+def test_a_layer_that_comes_to_gain_nothing_lets_go_of_what_waited(monkeypatch, calls):
+    model = make()
+    model.q_proj(torch.randn(4, 12, requires_grad=True))
+    assert model.q_proj.group._pending is not None and calls == [3]
+    monkeypatch.setattr(group_module, "gains_nothing", lambda x, member: True)
+    model.q_proj(torch.randn(4, 12))
+    assert model.q_proj.group._pending is None and calls == [3]
+
+
 def test_nothing_is_kept_once_all_have_been_called(calls):
     model = make()
     model(torch.randn(4, 12))

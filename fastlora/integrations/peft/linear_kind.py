@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlora.integrations.peft.fused import Fused
-from fastlora.nn.adapted_linear import compute
+from fastlora.nn.compute import compute
 from fastlora.nn.plain import added_behaviour
 from fastlora.ops.adapter_group import Member
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -46,8 +47,9 @@ def adapter_group(
 
     The members run one by one through ``adapter_linear``, with the same results, under
     torch.compile, torch.func's transforms, forward-mode derivatives and torch.jit.trace, for nested
-    and meta tensors, where a member's ``drop_base`` acts (that is, under dropout), and where x has
-    so few rows that ``adapter_linear`` is plain PyTorch calls.
+    and meta tensors, where a member's ``drop_base`` acts (that is, under dropout), where x has so
+    few rows that ``adapter_linear`` is plain PyTorch calls, and where each is one call of the
+    native core's (a float32 member without vectors on a CPU, of sizes that README.md has).
 
     Returns:
         y_i [..., N_i] of every member, in the compute dtype.
@@ -75,12 +77,31 @@ def adapter_group(
         return tuple(_alone(x, member, backend) for member in members)
     module = _backend.select("adapter_group", BACKENDS, device, x.dtype, backend)
     columns = sum(member.weight.shape[0] for member in members)
-    if has_few_rows(x, module, columns // len(members)):
+    if has_few_rows(x, module, columns // len(members)) or all(
+        _is_one_call(x, member, module) for member in members
+    ):
         return tuple(_alone(x, member, backend) for member in members)
     members = tuple(members)
     operands = [tensor for member in members for tensor in tensors(member) if tensor is not None]
     with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
         return AdapterGroup.apply(x, members, module, *operands)
+
+
+def gains_nothing(x: Tensor, member: Member) -> bool:
+    """Whether this layer of x is as fast by itself as beside others: it is one call of the native
+    core's then, and a group saves no arithmetic. It may be asked before the checks."""
+    if autocasts(x) or x.device.type != "cpu" or member.weight.dim() != 2:
+        return False
+    module = _backend.select("adapter_group", BACKENDS, x.device, x.dtype)
+    return _is_one_call(x, member, module)
+
+
+def _is_one_call(x: Tensor, member: Member, module: ModuleType) -> bool:
+    takes_layer = getattr(module, "takes_layer", None)
+    if takes_layer is None or any(scale is not None for scale in member[6:9]):
+        return False
+    n, k = member.weight.shape
+    return bool(takes_layer(x.numel() // max(k, 1), k, n, member.lora_A.shape[0]))
 
 
 def _cast(member: Member, dtype: torch.dtype) -> Member:

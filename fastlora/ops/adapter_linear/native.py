@@ -88,6 +88,11 @@ def _takes_sum(
     )
 
 
+def takes_layer(rows: int, depth: int, columns: int, rank: int) -> bool:
+    """Whether a layer without vectors is one call of the core's."""
+    return rank <= _NARROW and takes_sum(rows, depth, columns, turned=True)
+
+
 def takes_few(rows: int, depth: int, columns: int, one_call: bool = False) -> bool:
     """Whether few rows are better off with ``forward`` and ``backward`` than with ``few_rows``:
     where each of them is one call of the core's (a layer without vectors), or where the product
@@ -356,7 +361,7 @@ def forward(
     """See ``eager.forward``; ``isa`` as above. One call of the core's where it takes the sum."""
     m, k = x.shape
     n, r = lora_B.shape
-    if r > _NARROW or not takes_sum(m, k, n, turned=True):
+    if not takes_layer(m, k, n, r):
         return eager.forward(
             x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, need_t=need_t, **FORWARD
         )

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlora.ops import adapter_group, library
-from fastlora.ops.adapter_group import BACKENDS
-from fastlora.ops.backend import Situation
+from fastlora.ops.adapter_group import BACKENDS, gains_nothing
+from fastlora.ops.backend import Situation, use_backend
 from tests.ops.adapter_group.cases import (
     alone,
     exact,
@@ -263,6 +263,37 @@ def test_members_of_few_rows_go_one_by_one_with_the_same_results(backend, leadin
     compare(
         run(partial(adapter_group, backend=backend), x, scaled), exact(x, scaled), 1e-5, x, scaled
     )
+
+
+@pytest.mark.skipif("native" not in RUNNABLE, reason="needs the native core")
+def test_members_that_are_one_call_each_go_one_by_one(monkeypatch):
+    from fastlora.ops.adapter_linear import native
+
+    monkeypatch.setattr(native, "_sums", native._SUMS["AuthenticAMD", "avx512"])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    plain = {"n": 70, "p": 0.3}, {"n": 90, "bias": True}
+
+    def together(*kinds, rows=9, dtype=torch.float32):
+        x, members = group(*kinds, leading=(rows,), k=80, dtype=dtype)
+        got = run(partial(adapter_group, backend="native"), x, members)
+        compare(got, exact(x, members, keeps=masks(x, members, "native")), 1e-5, x, members)
+        leaf = x.detach().requires_grad_()
+        names = {y.grad_fn.name() for y in adapter_group(leaf, members, backend="native")}
+        assert len(names) == 1
+        alone_ = [gains_nothing(x, member) for member in members]
+        return "AdapterGroup" in names.pop(), alone_
+
+    assert together(*plain) == (False, [True, True])
+    assert together(*plain, {"n": 70, "which": ("out_scale",)}) == (True, [True, True, False])
+    assert together(*plain, {"n": 20}) == (True, [True, True, False])  # half a strip
+    assert together(*plain, {"n": 70, "r": 65}) == (True, [True, True, False])
+    assert together(*plain, rows=300) == (True, [False, False])
+    x, (member, _) = group(*plain, leading=(9,), k=80)
+    with torch.autocast("cpu"):
+        assert not gains_nothing(x, member)
+    assert not gains_nothing(x.double(), member) and gains_nothing(x, member)
+    with use_backend("eager"):
+        assert not gains_nothing(x, member)
 
 
 @pytest.mark.skipif("native" not in RUNNABLE, reason="needs the native core")
