@@ -11,10 +11,12 @@ gradients are taken. Contestants take turns in one process, each round in anothe
     base            the frozen layers alone, their products by the same library, dx summed by
                     autograd: what both ways of adapting them are measured beyond
     base, in place  the same with dx summed by hand in one accumulator, for comparison
+    plain           the frozen layers as in base, and their adapters in plain PyTorch, as peft
+                    writes them
     separate        one adapter_linear a layer
     group           one adapter_group
 
-Before anything is timed, y and every gradient of separate and group are held against float64; where
+Before anything is timed, y and every gradient of these three are held against float64; where
 one is off by more than 1e-5 of its largest element, nothing is reported and the exit status is 1.
 "beyond base" is a contestant's time minus base's in the same round. On Linux, a step waits for a
 moment in which nothing else runs, and is taken again if the scheduler let one of the process's
@@ -67,7 +69,8 @@ SCALING = 2.0
 TOLERANCE = 1e-5
 GOAL = 0.6
 GOAL_TOKENS = 512
-CONTESTANTS = ("base", "base, in place", "separate", "group")
+CONTESTANTS = ("base", "base, in place", "plain", "separate", "group")
+ADAPTED = CONTESTANTS[2:]
 
 
 class Step(NamedTuple):
@@ -115,6 +118,14 @@ def alone(x: Tensor, member: Member, backend: str) -> Tensor:
     return adapter_linear(x, weight, lora_A, lora_B, scaling, **vectors, backend=backend)
 
 
+def formula(x: Tensor, member: Member) -> Tensor:
+    """An adapter's part of its layer's output, by PyTorch's calls."""
+    t = torch.nn.functional.linear(x, member.lora_A)
+    t = t if member.mid_scale is None else t * member.mid_scale
+    y = torch.nn.functional.linear(t, member.lora_B)
+    return (y if member.adapter_scale is None else y * member.adapter_scale) * member.scaling
+
+
 def ways(step: Step, backend: str) -> dict[str, Callable[[], None]]:
     """What is timed, by name."""
     x, members, dys = step
@@ -143,13 +154,16 @@ def ways(step: Step, backend: str) -> dict[str, Callable[[], None]]:
                     dx.addmm_(dy, m.weight)
             x.grad = dx
 
+    def plain() -> None:
+        backward([frozen(x, m.weight) + formula(x, m) for m in members])
+
     def separate() -> None:
         backward([alone(x, m, backend) for m in members])
 
     def group() -> None:
         backward(adapter_group(x, members, backend=backend))
 
-    return dict(zip(CONTESTANTS, (base, base_in_place, separate, group), strict=True))
+    return dict(zip(CONTESTANTS, (base, base_in_place, plain, separate, group), strict=True))
 
 
 def parts(step: Step, backend: str) -> dict[str, Callable[[], object]]:
@@ -199,7 +213,7 @@ def bound(step: Step, taken: dict[str, list[float]]) -> tuple[float, float]:
 
 
 def check(step: Step, backend: str) -> float:
-    """The largest error of separate and group, relative to the largest element, against float64."""
+    """The largest error of plain, separate and group, as a share of the largest element."""
     wide = {id(t): t.detach().double().requires_grad_(t.requires_grad) for t in step.leaves()}
 
     def own(field: Any) -> Any:
@@ -216,6 +230,9 @@ def check(step: Step, backend: str) -> float:
     for way in (
         adapter_group(step.x, step.members, backend=backend),
         tuple(alone(step.x, m, backend) for m in step.members),
+        tuple(
+            torch.nn.functional.linear(step.x, m.weight) + formula(step.x, m) for m in step.members
+        ),
     ):
         got = [*way, *torch.autograd.grad(way, step.leaves(), step.dys)]
         for ours, theirs in zip(got, exact, strict=True):
@@ -297,14 +314,18 @@ def main(argv: list[str] | None = None) -> int:
                 taken, disturbed = measure(
                     ways(step, backend), args.rounds, args.device, args.patience, args.again
                 )
-                over = {name: beyond(taken, name) for name in ("separate", "group")}
+                over = {name: beyond(taken, name) for name in ADAPTED}
                 medians = {name: statistics.median(values) for name, values in over.items()}
                 ratio = medians["group"] / medians["separate"]
                 print(f"{where}: largest error {error:.1e}, {disturbed} steps disturbed for good")
                 for name in CONTESTANTS:
                     note = f"  beyond base {spread(over[name])}" if name in over else ""
                     print(f"  {name:<15}{spread(taken[name])}{note}")
-                print(f"  group / separate, beyond base: {ratio:.2f}", flush=True)
+                of_plain = medians["group"] / medians["plain"]
+                print(
+                    f"  group / separate, beyond base: {ratio:.2f}; / plain: {of_plain:.2f}",
+                    flush=True,
+                )
                 row: dict[str, object] = {
                     "case": case, "K": CASES[case][0], "N": CASES[case][1], "M": tokens,
                     "backend": backend, "error": error, "disturbed": disturbed,

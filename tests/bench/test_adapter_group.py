@@ -49,10 +49,12 @@ def test_the_goal_decides_the_exit_status(monkeypatch, capsys):
     only = [*SMALL[:1], "512", *SMALL[3:], "--case", "qkv", "--backend", "eager"]
     for share, status in ((0.5, 0), (0.7, 1)):
         taken = {"base": [10.0] * 2, "base, in place": [9.0] * 2, "separate": [20.0] * 2}
-        taken["group"] = [10 + 10 * share] * 2
+        taken |= {"plain": [30.0] * 2, "group": [10 + 10 * share] * 2}
         monkeypatch.setattr(bench, "measure", lambda *_, taken=taken: (taken, 0))
         assert bench.main(only) == status
-    assert "qkv M=512 eager: 0.70 of separate calls, not 0.6" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "qkv M=512 eager: 0.70 of separate calls, not 0.6" in said
+    assert "group / separate, beyond base: 0.70; / plain: 0.35" in said
 
 
 def test_wrong_values_are_not_timed(monkeypatch, capsys):
