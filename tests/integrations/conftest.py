@@ -8,7 +8,7 @@ def calls(monkeypatch):
     """An entry for each layer that a fused operation computed, alone or with others in one call."""
     pytest.importorskip("peft")
     from fastlora.integrations.peft import conv, embedding
-    from fastlora.nn import adapted_linear, group
+    from fastlora.nn import compute, group
 
     counted = []
 
@@ -21,7 +21,7 @@ def calls(monkeypatch):
 
         monkeypatch.setattr(module, name, call)
 
-    counting(adapted_linear, "adapter_linear", lambda args: 1)
+    counting(compute, "adapter_linear", lambda args: 1)
     counting(group, "adapter_group", lambda args: len(args[1]))
     counting(embedding, "adapted_embedding", lambda args: 1)
     counting(conv, "adapted_conv", lambda args: 1)

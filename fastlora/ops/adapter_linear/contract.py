@@ -12,9 +12,9 @@ from fastlora.ops import backend
 
 # Each module has ``draw_seed``, ``forward`` and ``backward`` with the signatures of eager.py, and
 # ``scaled_forward`` and ``scaled_backward`` for calls with an ``out_scale``; all but triton.py have
-# ``few_rows`` besides (``entry.has_few_rows``), native.py ``takes_few``. The other two vectors
-# never reach a backend: scaled.py folds them into lora_B. Nor does ``keep_output``: a backend sees
-# whether it is given the y to read from.
+# ``few_rows`` besides (``entry.has_few_rows``), native.py ``takes_few`` and ``takes_layer``. The
+# other two vectors never reach a backend: scaled.py folds them into lora_B. Nor does
+# ``keep_output``: a backend sees whether it is given the y to read from.
 BACKENDS = backend.usual("fastlora.ops.adapter_linear")
 
 

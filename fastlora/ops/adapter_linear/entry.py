@@ -39,10 +39,10 @@ def is_transformed(x: Tensor) -> bool:
     )
 
 
-def has_few_rows(x: Tensor, module: ModuleType, columns: int, one_call: bool = False) -> bool:
+def has_few_rows(x: Tensor, module: ModuleType, columns: int, rank: int | None = None) -> bool:
     """Whether a backend's ``few_rows`` is taken: on a CPU, where calls cost more than arithmetic.
 
-    ``columns``: N, of a group's layers the mean; ``one_call``: it is one layer without vectors.
+    ``columns``: N, of a group's layers the mean; ``rank``: of a single layer without vectors.
     One rule for ``adapter_linear`` and ``adapter_group``; README.md has the measurement. A backend
     may have a better way of its own (``takes_few``). Triton's interpreter, which is for tests of
     its kernels, keeps to them.
@@ -53,7 +53,7 @@ def has_few_rows(x: Tensor, module: ModuleType, columns: int, one_call: bool = F
     if not 0 < x.numel() <= FEW_ROWS * depth or module.__name__.endswith(".triton"):
         return False
     takes_few = getattr(module, "takes_few", None)
-    return takes_few is None or not takes_few(x.numel() // depth, depth, columns, one_call)
+    return takes_few is None or not takes_few(x.numel() // depth, depth, columns, rank)
 
 
 def check(

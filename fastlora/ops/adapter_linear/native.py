@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -93,12 +93,13 @@ def takes_layer(rows: int, depth: int, columns: int, rank: int) -> bool:
     return rank <= _NARROW and takes_sum(rows, depth, columns, turned=True)
 
 
-def takes_few(rows: int, depth: int, columns: int, one_call: bool = False) -> bool:
+def takes_few(rows: int, depth: int, columns: int, rank: int | None = None) -> bool:
     """Whether few rows are better off with ``forward`` and ``backward`` than with ``few_rows``:
-    where each of them is one call of the core's (a layer without vectors), or where the product
-    takes so long that the faster one makes up for a Function's calls."""
-    worth = one_call or rows * depth * columns >= _LARGE
-    return worth and takes_sum(rows, depth, columns, turned=True)
+    where each of them is one call of the core's (``rank``: of a layer without vectors), or where
+    the product takes so long that the faster one makes up for a Function's calls."""
+    if rank is not None and takes_layer(rows, depth, columns, rank):
+        return True
+    return rows * depth * columns >= _LARGE and takes_sum(rows, depth, columns, turned=True)
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -345,6 +346,14 @@ BACKWARD: dict[str, Any] = {
 }
 
 
+few_rows = functools.partial(eager.few_rows, draw=draw)
+scaled_forward = functools.partial(eager.scaled_forward, **FORWARD)
+scaled_backward = functools.partial(eager.scaled_backward, **BACKWARD)
+# where a layer is no single call
+_forward: Callable[..., Any] = functools.partial(eager.forward, **FORWARD)
+_backward: Callable[..., Any] = functools.partial(eager.backward, **BACKWARD)
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -362,9 +371,7 @@ def forward(
     m, k = x.shape
     n, r = lora_B.shape
     if not takes_layer(m, k, n, r):
-        return eager.forward(
-            x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, need_t=need_t, **FORWARD
-        )
+        return _forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, need_t=need_t)
     x, weight, lora_A, lora_B = with_rows(x), _dense(weight), _dense(lora_A), _dense(lora_B)
     bias = None if bias is None else bias.contiguous()
     y, t = x.new_empty(m, n), x.new_empty(m, r)
@@ -395,9 +402,7 @@ def backward(
     wide = lora_A if x is None else x
     k = 0 if wide is None else wide.shape[1]
     if not 0 < r <= _NARROW or needs.weight or not k or not takes_sum(m, n, k):
-        return eager.backward(
-            dy, x, weight, lora_A, lora_B, t, scaling, dropout_p, seed, needs, **BACKWARD
-        )
+        return _backward(dy, x, weight, lora_A, lora_B, t, scaling, dropout_p, seed, needs)
     dy = with_rows(dy)
     weight, lora_A = (None if w is None else _dense(w) for w in (weight, lora_A))
     x, lora_B, t = (None if w is None else with_rows(w) for w in (x, lora_B, t))
@@ -444,8 +449,3 @@ def _matrix(matrix: Tensor | None) -> tuple[int, int, int]:
         return 0, 0, 0
     row, column = matrix.stride()
     return address(matrix), row, column
-
-
-few_rows = functools.partial(eager.few_rows, draw=draw)
-scaled_forward = functools.partial(eager.scaled_forward, **FORWARD)
-scaled_backward = functools.partial(eager.scaled_backward, **BACKWARD)

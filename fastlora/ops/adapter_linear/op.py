@@ -117,7 +117,8 @@ def adapter_linear(
     if is_transformed(x):
         return composite(*arguments, scales, drop_base)
     module = _backend.select("adapter_linear", BACKENDS, device, x.dtype, backend)
-    if has_few_rows(x, module, weight.shape[0], scales is None):
+    rank = lora_A.shape[0] if scales is None else None
+    if has_few_rows(x, module, weight.shape[0], rank):
         seed = module.draw_seed(device) if dropout_p > 0.0 else None
         y = module.few_rows(
             rows(x), weight, lora_A, lora_B, scaling, bias, dropout_p, seed, scales, drop_base

@@ -272,8 +272,9 @@ def test_a_sum_is_taken_only_as_measured_on_amd(monkeypatch):
     rules(monkeypatch, "AuthenticAMD", "avx512")
     assert native.takes_sum(1, 576, 576) and native.takes_sum(1, 576, 576, turned=True)
     assert native.takes_few(1, 2048, 512) and native.takes_few(2, 576, 1536)
-    assert not native.takes_few(1, 576, 1536) and native.takes_few(1, 576, 1536, one_call=True)
-    assert not native.takes_few(1, 576, 64, one_call=True)  # a thread would have half a strip
+    assert not native.takes_few(1, 576, 1536) and native.takes_few(1, 576, 1536, rank=64)
+    assert not native.takes_few(1, 576, 1536, rank=65) and native.takes_few(2, 576, 1536, rank=65)
+    assert not native.takes_few(1, 576, 64, rank=16)  # a thread would have half a strip
     assert native.takes_sum(256, 4096, 4096) and not native.takes_sum(257, 576, 576)
 
 
