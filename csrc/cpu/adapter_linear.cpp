@@ -50,7 +50,7 @@ public:
 
 private:
     void draw(const float* x, std::int64_t stride, float* out) {
-        constexpr std::int64_t DRAW = 8;  // a draw takes as long as so many multiply-adds
+        constexpr std::int64_t DRAW = 8;  // multiply-adds that take as long: native.py's _DRAW
         dropout({x, of_.rows, of_.in, stride, out, of_.in, of_.seed, of_.threshold, bits_ + 0, drawn_},
                 threads(of_.rows * of_.in * (drawn_ ? 1 : DRAW)));
         drawn_ = true;

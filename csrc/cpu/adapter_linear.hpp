@@ -1,5 +1,5 @@
-// A layer with its adapter, y = x Wᵀ + t Bᵀ + bias with t = factor · drop(x) Aᵀ, forwards and backwards, each in
-// one call: of few rows, what stands between the products takes longer than they do.
+// A layer with its adapter, y = x Wᵀ + t Bᵀ + bias with t = factor · drop(x) Aᵀ, forwards and
+// backwards, each in one call: of few rows, what stands between the products takes longer than they.
 #pragma once
 
 #include <cstdint>

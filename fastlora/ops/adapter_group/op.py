@@ -90,15 +90,19 @@ def adapter_group(
 def gains_nothing(x: Tensor, member: Member) -> bool:
     """Whether this layer of x is as fast by itself as beside others: it is one call of the native
     core's then, and a group saves no arithmetic. It may be asked before the checks."""
-    if autocasts(x) or x.device.type != "cpu" or member.weight.dim() != 2:
+    if x.device.type != "cpu" or _has_vectors(member) or member.weight.dim() != 2 or autocasts(x):
         return False
     module = _backend.select("adapter_group", BACKENDS, x.device, x.dtype)
     return _is_one_call(x, member, module)
 
 
+def _has_vectors(member: Member) -> bool:
+    return any(v is not None for v in (member.out_scale, member.mid_scale, member.adapter_scale))
+
+
 def _is_one_call(x: Tensor, member: Member, module: ModuleType) -> bool:
     takes_layer = getattr(module, "takes_layer", None)
-    if takes_layer is None or any(scale is not None for scale in member[6:9]):
+    if takes_layer is None or _has_vectors(member):
         return False
     n, k = member.weight.shape
     return bool(takes_layer(x.numel() // max(k, 1), k, n, member.lora_A.shape[0]))

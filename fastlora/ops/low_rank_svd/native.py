@@ -59,8 +59,8 @@ def plan(n: int, k: int, q: int, niter: int, more: int) -> Plan | None:
     share = max(1.0, q / width)
     # No more error than torch.svd_lowrank's niter leaves on the flattest spectra (README, "Block
     # Lanczos"): fitted to Gaussian matrices. With the narrowest blocks luck decides more.
-    few = 2 * share + 2 * (share * niter) ** 0.6 + (share % 1 > 0) / 2 + (width == _GROUP)
-    passes = max(math.ceil(few), 2 * -(-q // width))
+    enough = 2 * share + 2 * (share * niter) ** 0.6 + (share % 1 > 0) / 2 + (width == _GROUP)
+    passes = max(math.ceil(enough), 2 * -(-q // width))
     blocks = passes // 2 + -(-more // width)
     fits = (blocks + _CHECKING) * width <= _SHARE * min(n, k)
     left = passes % 2 == 0
