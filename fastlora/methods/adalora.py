@@ -14,6 +14,7 @@ from fastlora.adapters.config import AdaLoRAConfig
 from fastlora.adapters.view import AdapterLayer, is_peft_layer, layers, unwrap
 from fastlora.methods.hooks import (
     StepMethod,
+    check_entries,
     first_non_finite,
     has_closure,
     inner_optimizer,
@@ -23,6 +24,7 @@ from fastlora.methods.hooks import (
 from fastlora.nn import AdaLoRALinear
 
 _PARTS = ("lora_A", "lora_B", "lora_E")
+_STATE = ("step", "schedule", "averages", "spreads", "rank_pattern")
 _SCHEDULE = ("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "total_step")
 
 
@@ -154,10 +156,12 @@ class AdaLoRA(StepMethod):
         """Go on from where another run's ``state_dict`` was taken; call it after ``attach``.
 
         Raises RuntimeError if it is not attached; ValueError, before anything has changed, for
-        another schedule, other layers or other shapes.
+        another schedule, other layers or other shapes, or a state that lacks an entry.
         """
         if not self._handles:
             raise RuntimeError("attach it first: the state belongs to a model's layers")
+        check_entries("the state", state, _STATE)
+        check_entries("the state's schedule", state["schedule"], self._options)
         for option, value in self._options.items():
             saved = state["schedule"][option]
             if saved != value:

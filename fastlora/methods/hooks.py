@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -113,3 +113,10 @@ def first_non_finite(tensors: Sequence[Tensor]) -> int | None:
     if bool(finite.all()):
         return None
     return filled[int((~finite).nonzero()[0])]
+
+
+def check_entries(what: str, state: Mapping[str, Any], wanted: Iterable[str]) -> None:
+    """Raise ValueError, naming it, if a saved state lacks an entry."""
+    for entry in wanted:
+        if entry not in state:
+            raise ValueError(f"{what} has no {entry}")

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from fastlora.adapters.view import AdapterLayer, layers
 from fastlora.methods.hooks import (
     StepMethod,
+    check_entries,
     check_owned,
     first_non_finite,
     inner_optimizer,
@@ -145,10 +146,11 @@ class LoRAPro(StepMethod):
         """Go on from where another run's ``state_dict`` was taken; call it after ``attach``.
 
         Raises RuntimeError if it is not attached; ValueError, before anything has changed, for a
-        state of another mode, of layers that are not here, or of other shapes.
+        state of another mode, of layers that are not here, of other shapes, or that lacks an entry.
         """
         if self._handle is None:
             raise RuntimeError("attach it first: the state belongs to a model's layers")
+        check_entries("the state", state, ("mode", "moments"))
         if state["mode"] != self.mode:
             raise ValueError(f"the state is of mode '{state['mode']}', this is '{self.mode}'")
         here = {layer.name: layer for layer in self._layers}
@@ -156,6 +158,7 @@ class LoRAPro(StepMethod):
         for name, saved in state["moments"].items():
             if name not in here:
                 raise ValueError(f"the state has moments of {name}, which is no layer here")
+            check_entries(f"what the state has of {name}", saved, _Moments._fields)
             moments = _Moments.of(here[name], int(saved["step"]))
             for part in ("exp_avg", "exp_avg_sq"):
                 place, tensor = getattr(moments, part), saved[part]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -229,8 +229,9 @@ def check_rank(name: str, r: Any) -> None:
 
 
 def check_finite(name: str, value: Any) -> None:
-    """Raise ValueError unless value is a finite number."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+    """Raise ValueError unless value is a finite number, and within a float's range."""
+    in_range = isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+    if not in_range or isinstance(value, bool):
         raise ValueError(f"{name} must be a finite number, not {value!r}")
 
 

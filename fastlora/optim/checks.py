@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import numbers
+import sys
 from typing import Any
 
 import torch
@@ -27,13 +27,15 @@ def number(name: str, value: Any) -> None:
         if value.device.type != "cpu":
             return
         value = value.item()
-    if not isinstance(value, numbers.Real) or not (math.isfinite(value) and float(value) >= 0):
+    real = isinstance(value, numbers.Real)
+    if not real or not 0 <= value <= sys.float_info.max:
         raise ValueError(f"{name} must be a finite number of at least 0, not {value}")
 
 
 def fraction(name: str, value: Any) -> None:
     """Raise ValueError unless it is in [0, 1)."""
-    if not isinstance(value, numbers.Real) or not 0 <= float(value) < 1:
+    real = isinstance(value, numbers.Real)
+    if not real or not 0 <= value < 1:
         raise ValueError(f"{name} must be in [0, 1), not {value}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Mapping
 from functools import partial
@@ -158,7 +157,7 @@ class Tiger(SignOptimizer):
         if group["lr_schedule"] is not None:
             schedules.check_schedule(group["lr_schedule"])
         ratio = group["shrink_ratio"]
-        if ratio is not None and not (math.isfinite(ratio) and 0 <= ratio <= 1):
+        if ratio is not None and not 0 <= ratio <= 1:
             raise ValueError(f"shrink_ratio must be in [0, 1] or None, not {ratio}")
         if group["floor"] is not None:
             checks.number("floor", group["floor"])

@@ -21,6 +21,7 @@ def test_an_option_we_do_not_have_is_refused_with_a_way_out(option):
         ({"r": "8"}, "r must be a whole number"),
         ({"r": True}, "r must be a whole number"),
         ({"lora_alpha": float("inf")}, "lora_alpha must be a finite number"),
+        ({"lora_alpha": 10**400}, "lora_alpha must be a finite number"),
         ({"lora_dropout": 1}, "lora_dropout must be in"),
         ({"lora_dropout": -0.5}, "lora_dropout must be in"),
         ({"target_modules": []}, "target_modules names no module"),

@@ -400,6 +400,8 @@ def test_a_state_that_does_not_fit_changes_nothing():
         (shape, r"spreads of 2.lora_B have shape \[2, 2\]"),
         (short, "layers with other ranks"),
         (unmasked, "lacks the mask of step 9"),
+        (lambda state: state.pop("spreads"), "the state has no spreads"),
+        (lambda state: state["schedule"].pop("beta1"), "the state's schedule has no beta1"),
     ):
         state = copy.deepcopy(before)
         for tensor in state["averages"].values():

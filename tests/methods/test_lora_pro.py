@@ -588,6 +588,8 @@ def test_a_state_that_does_not_fit_changes_nothing():
             lambda state: state["moments"]["6"].update(exp_avg=torch.zeros(2, 2)),
             r"of 6 has shape \[2, 2\]",
         ),
+        (lambda state: state.pop("moments"), "the state has no moments"),
+        (lambda state: state["moments"]["6"].pop("step"), "what the state has of 6 has no step"),
     ):
         state = copy.deepcopy(before)
         state["moments"]["0"]["exp_avg"].fill_(7.0)

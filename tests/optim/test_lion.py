@@ -230,6 +230,8 @@ def test_autograd_still_refuses_a_graph_over_changed_parameters():
         ({"lr": -1e-3}, "lr must be a finite number"),
         ({"lr": float("nan")}, "lr must be a finite number"),
         ({"lr": float("inf")}, "lr must be a finite number"),
+        ({"lr": 10**400}, "lr must be a finite number"),
+        ({"betas": (10**400, 0.9)}, r"betas must be in \[0, 1\)"),
         ({"lr": torch.tensor(float("nan"))}, "lr must be a finite number"),
         ({"lr": torch.ones(2)}, "one floating-point number"),
         ({"lr": torch.tensor([1e-3])}, "have no axes"),
