@@ -93,8 +93,6 @@ def read_config(folder: str | os.PathLike[str]) -> AdapterConfig:
         return kind(**options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    except OverflowError as error:
-        raise ValueError(f"{path} holds a number that is too large for a float") from error
 
 
 def describe(model: nn.Module, found: list[tuple[str, AdaptedLayer]]) -> dict[str, Any]:

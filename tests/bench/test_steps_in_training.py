@@ -57,9 +57,10 @@ def test_adapters_train(monkeypatch):
 
 def test_a_round_is_a_process_each(monkeypatch):
     monkeypatch.setattr(bench, "train", _process)
-    taken = bench.measure("small", 1, 2, 1, 1)
+    monkeypatch.setattr(bench, "OPTIMIZERS", ("one", "other"))
+    taken = bench.measure("small", 1, 1, 1, 1)
     seen = {own for rounds in taken.values() for own in rounds}
-    assert len(seen) == 2 * len(bench.OPTIMIZERS) and os.getpid() not in seen
+    assert len(seen) == 2 and os.getpid() not in seen
 
 
 def _process(*_):
